@@ -1,0 +1,182 @@
+"""Moves the bytes of a component: blocks of rows are gathered from the sources and scattered to the targets.
+
+A block (`block_nbytes`, small enough for the L2 cache) holds some rows of the logical component.  A source or target
+that spans whole rows is read or written straight from it; one that is cut along inner axes passes through a second
+small buffer.  So a source byte is read once, a target byte is written once, in order, and digested while in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+from transform_ckpt.planner import Component, Side
+from transform_ckpt.store import Reader, Writer
+from transform_ckpt.views import Shape, row_major
+
+BLOCK_NBYTES = 256 * 1024
+
+Observer = Callable[[int, memoryview], None]
+"""Called with (index of the write side, bytes) for every block that is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Active:
+    """A side with its outer axes already fixed."""
+
+    index: int
+    handle: Any
+    offset: int
+    start: Shape
+    size: Shape
+    strides: Shape
+
+    def row(self, row: int) -> _Active:
+        """The side with axis 0 fixed at component row `row`."""
+        offset = self.offset + (row - self.start[0]) * self.strides[0]
+        return _Active(self.index, self.handle, offset, self.start[1:], self.size[1:], self.strides[1:])
+
+    def spans(self, low: int, high: int) -> bool:
+        return self.start[0] <= low and high <= self.start[0] + self.size[0]
+
+
+class Mover:
+    """Two buffers and the loops over them.  Not shared between processes."""
+
+    def __init__(self, block_nbytes: int = BLOCK_NBYTES) -> None:
+        self.block_nbytes = block_nbytes
+        self._block = memoryview(bytearray(block_nbytes))
+        self._strip = memoryview(bytearray(block_nbytes))
+
+    def move(
+        self,
+        component: Component,
+        rows: tuple[int, int],
+        readers: Sequence[Reader],
+        writers: Sequence[Writer],
+        observe: Observer | None = None,
+    ) -> None:
+        """Copy component rows `rows[0] <= r < rows[1]` from the readers to the writers (one each per side)."""
+        reads = [_active(i, side, readers[i]) for i, side in enumerate(component.reads)]
+        writes = [_active(i, side, writers[i]) for i, side in enumerate(component.writes)]
+        self._rows(component.shape, reads, writes, rows, observe)
+
+    def _rows(
+        self,
+        shape: Shape,
+        reads: Sequence[_Active],
+        writes: Sequence[_Active],
+        rows: tuple[int, int],
+        observe: Observer | None,
+    ) -> None:
+        low, high = rows
+        row_nbytes = prod(shape[1:])
+        for start, stop in _segments(low, high, [*reads, *writes]):
+            sources = [side for side in reads if side.spans(start, stop)]
+            targets = [side for side in writes if side.spans(start, stop)]
+            if not targets:
+                continue
+            if row_nbytes > self.block_nbytes:
+                for row in range(start, stop):
+                    inner = (0, shape[1])
+                    self._rows(shape[1:], [s.row(row) for s in sources], [t.row(row) for t in targets], inner, observe)
+                continue
+            step = max(1, self.block_nbytes // max(row_nbytes, 1))
+            for at in range(start, stop, step):
+                self._block_rows(shape, sources, targets, at, min(step, stop - at), observe)
+
+    def _block_rows(
+        self,
+        shape: Shape,
+        sources: Sequence[_Active],
+        targets: Sequence[_Active],
+        row: int,
+        count: int,
+        observe: Observer | None,
+    ) -> None:
+        inner = shape[1:]
+        block = self._block[: count * prod(inner)]
+        for side in sources:
+            self._gather(block, (count, *inner), side, row)
+        for side in targets:
+            data = self._scattered(block, (count, *inner), side, row)
+            if observe is not None:
+                observe(side.index, data)
+            _put(side, row, data, (count, *side.size[1:]))
+
+    def _gather(self, block: memoryview, shape: Shape, side: _Active, row: int) -> None:
+        size = (shape[0], *side.size[1:])
+        whole_rows = side.size[1:] == shape[1:]
+        data = block if whole_rows else self._strip[: prod(size)]
+        offset = side.offset + (row - side.start[0]) * side.strides[0]
+        _read_runs(side.handle, offset, size, side.strides, data)
+        if not whole_rows:
+            _window(block, shape, side)[...] = _array(data).reshape(size)
+
+    def _scattered(self, block: memoryview, shape: Shape, side: _Active, row: int) -> memoryview:
+        """The rows of the block that belong to a target, dense."""
+        if side.size[1:] == shape[1:]:
+            return block
+        size = (shape[0], *side.size[1:])
+        data = self._strip[: prod(size)]
+        _array(data).reshape(size)[...] = _window(block, shape, side)
+        return data
+
+
+def _active(index: int, side: Side, handle: Any) -> _Active:
+    return _Active(index, handle, side.view.offset, side.box.start, side.box.size, side.view.strides)
+
+
+def _segments(low: int, high: int, sides: Sequence[_Active]) -> list[tuple[int, int]]:
+    """Row ranges in which the same sides take part."""
+    edges = {low, high}
+    for side in sides:
+        for edge in (side.start[0], side.start[0] + side.size[0]):
+            if low < edge < high:
+                edges.add(edge)
+    return list(pairwise(sorted(edges)))
+
+
+def _array(data: memoryview) -> Any:
+    import numpy as np
+
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def _window(block: memoryview, shape: Shape, side: _Active) -> Any:
+    """The part of a block (as an array of `shape` bytes) that a side covers."""
+    window = tuple(slice(s, s + n) for s, n in zip(side.start[1:], side.size[1:], strict=True))
+    return _array(block).reshape(shape)[(slice(None), *window)]
+
+
+def _dense(size: Shape, strides: Shape) -> bool:
+    return all(n == 1 or s == d for n, s, d in zip(size, strides, row_major(size), strict=True))
+
+
+def _read_runs(reader: Reader, offset: int, size: Shape, strides: Shape, data: memoryview) -> None:
+    """Bytes of a strided window into dense `data`, one read for each dense run."""
+    if _dense(size, strides):
+        reader.read_into(offset, data)
+        return
+    part = prod(size[1:])
+    for index in range(size[0]):
+        inner = data[index * part : (index + 1) * part]
+        _read_runs(reader, offset + index * strides[0], size[1:], strides[1:], inner)
+
+
+def _write_runs(writer: Writer, offset: int, size: Shape, strides: Shape, data: memoryview) -> None:
+    if _dense(size, strides):
+        writer.write(offset, data)
+        return
+    part = prod(size[1:])
+    for index in range(size[0]):
+        inner = data[index * part : (index + 1) * part]
+        _write_runs(writer, offset + index * strides[0], size[1:], strides[1:], inner)
+
+
+def _put(side: _Active, row: int, data: memoryview, size: Shape) -> None:
+    offset = side.offset + (row - side.start[0]) * side.strides[0]
+    _write_runs(side.handle, offset, size, side.strides, data)

@@ -1,0 +1,63 @@
+"""One rank's parameters into memory: the plan for a single file, moved into arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from transform_ckpt import dtypes, planner
+from transform_ckpt.kernels import Mover
+from transform_ckpt.store import FileTable, MemoryWriter, TensorReader
+from transform_ckpt.tensors import Source, Target, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def load_rank(source: Source, target: Target, rank: int) -> Iterator[tuple[str, np.ndarray[Any, Any] | str]]:
+    """(name, array) of every tensor of the rank's file, in the file's order."""
+    alone = replace(target, files=(target.files[rank],))
+    plan = planner.build(source, alone)
+    groups: dict[str, list[planner.Group]] = {}
+    for group in plan.groups:
+        groups.setdefault(group.name, []).append(group)
+    return _arrays(groups, alone.files[0].specs)
+
+
+def _arrays(
+    groups: dict[str, list[planner.Group]], specs: tuple[TensorSpec, ...]
+) -> Iterator[tuple[str, np.ndarray[Any, Any] | str]]:
+    table = FileTable(os.O_RDONLY)
+    mover = Mover()
+    try:
+        for spec in specs:
+            data = bytearray(spec.nbytes)
+            for group in groups.get(spec.name, ()):
+                readers = [TensorReader(table, tensor) for tensor in group.reads]
+                writers = [MemoryWriter(memoryview(data)) for _ in group.writes]
+                mover.move(group.component, (0, group.component.shape[0]), readers, writers)
+            yield spec.name, _value(spec, data)
+    finally:
+        table.close()
+
+
+def _value(spec: TensorSpec, data: bytearray) -> np.ndarray[Any, Any] | str:
+    if spec.dtype == dtypes.STRING:
+        return data.decode("utf-32-le")
+    return array_of(spec.dtype, spec.shape, data)
+
+
+def array_of(dtype: str, shape: tuple[int, ...], data: bytearray) -> np.ndarray[Any, Any]:
+    """A NumPy array over the bytes; bfloat16 and float8 through ml_dtypes."""
+    import numpy as np
+
+    name = dtypes.BY_CODE[dtype].numpy
+    if name.startswith(("bfloat", "float8")):
+        import ml_dtypes
+
+        kind = np.dtype(getattr(ml_dtypes, name))
+    else:
+        kind = np.dtype(name)
+    return np.frombuffer(data, dtype=kind).reshape(shape)

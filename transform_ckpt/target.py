@@ -1,0 +1,213 @@
+"""Lays the destination out: which file holds which box of which tensor.  Pure: no I/O, no numpy.
+
+May import formats, strategy, states, source (layout_of), tensors, views, errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from strategy.layout import Layout, LayoutError, Strategy
+from transform_ckpt import dtypes
+from transform_ckpt.errors import InputError, Problems, UsageError, name_some
+from transform_ckpt.formats import checkpoint2, ckpt, safetensors
+from transform_ckpt.formats.mindspore_unified import lay_out_parts
+from transform_ckpt.source import layout_of
+from transform_ckpt.states import is_state, split_optimizer
+from transform_ckpt.tensors import Logical, Skeleton, Source, Target, TargetFile, TensorSpec
+from transform_ckpt.views import Box, whole
+
+Container = Literal["ckpt", "safetensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOptions:
+    """What the destination looks like; `carry` are patterns of names that may be in no strategy."""
+
+    container: Container = "safetensors"
+    prefix: str = "checkpoint_"
+    unified: bool = False
+    checkpoint2: bool = False
+    crc: bool = False
+    optimizer: bool = True
+    carry: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.unified and self.checkpoint2:
+            raise UsageError("--unified and --checkpoint-2 are two different outputs: give one of them")
+        if self.crc and self.container != "ckpt":
+            raise UsageError("--crc writes the trailer of .ckpt files: add --format ckpt or drop it")
+        if (self.unified or self.checkpoint2) and self.container == "ckpt":
+            kind = "--unified" if self.unified else "--checkpoint-2"
+            raise UsageError(f"{kind} is made of safetensors files: drop --format ckpt")
+        if "/" in self.prefix or "\0" in self.prefix or self.prefix in (".", ".."):
+            raise UsageError(f"--prefix {self.prefix!r} must be the beginning of a file name, without '/'")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One tensor in one rank's file."""
+
+    rank: int
+    logical: Logical
+    box: Box
+
+
+def lay_out(source: Source, strategy: Strategy | None, options: TargetOptions) -> Target:
+    """The destination for `strategy` (None = complete weights, rank 0 alone)."""
+    chosen = _choose(source, strategy, options)
+    if options.unified:
+        if strategy is not None and strategy.world > 1:
+            raise UsageError("--unified writes complete weights: drop the destination strategy")
+        files, small = lay_out_parts([*chosen.params.values()], [*chosen.states.values()])
+        return Target("mindspore-unified", files, small, chosen.dropped, chosen.notes)
+    placements = [*_placements(chosen.params, strategy)]
+    if options.checkpoint2:
+        return _checkpoint2(source, placements, chosen, options)
+    ranks = range(strategy.world if strategy else 1)
+    placements += [Placement(r, s, whole(s.shape)) for s in chosen.states.values() for r in ranks]
+    by_rank: dict[int, list[Placement]] = {rank: [] for rank in ranks}
+    for placement in placements:
+        by_rank[placement.rank].append(placement)
+    files = tuple(_rank_file(rank, found, options) for rank, found in by_rank.items())
+    return Target("mindspore", files, (), chosen.dropped, chosen.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    params: Mapping[str, Logical]
+    states: Mapping[str, Logical]
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _choose(source: Source, strategy: Strategy | None, options: TargetOptions) -> _Chosen:
+    """Sort the source's tensors into laid-out parameters and carried states; refuse a weight in only one strategy."""
+    params: dict[str, Logical] = {}
+    states: dict[str, Logical] = {}
+    dropped: list[str] = []
+    carried: list[str] = []
+    homeless: list[str] = []
+    unlisted: list[str] = []
+    def carries(logical: Logical) -> bool:
+        return is_state(logical.name, logical.dtype, logical.shape) or any(
+            fnmatchcase(logical.name, pattern) for pattern in options.carry
+        )
+
+    for name, logical in source.params.items():
+        if not options.optimizer and split_optimizer(name)[0]:
+            dropped.append(name)
+        elif strategy is None or _stages(strategy, name):
+            params[name] = logical
+        elif carries(logical) and _is_whole(logical):
+            states[name] = logical
+        else:
+            homeless.append(name)
+    for name, logical in source.states.items():
+        listed = strategy is not None and _stages(strategy, name)
+        if listed and carries(logical):
+            params[name] = logical
+        elif carries(logical):
+            states[name] = logical
+        elif listed or strategy is None or len(logical.shape) > 1 or split_optimizer(name)[0]:
+            unlisted.append(name)
+        else:
+            carried.append(name)
+            states[name] = logical
+    _refuse(homeless, unlisted, strategy)
+    notes = [f"in no strategy, carried as it is: {name_some(carried)}"] if carried else []
+    if strategy is not None:
+        lacking = [n for n in strategy.names if n not in params and not split_optimizer(n)[0]]
+        if lacking:
+            notes.append(f"{len(lacking)} parameters of the destination strategy have no tensor: {name_some(lacking)}")
+    return _Chosen(params, states, tuple(dropped), tuple(notes))
+
+
+def _refuse(homeless: Sequence[str], unlisted: Sequence[str], strategy: Strategy | None) -> None:
+    problems = Problems()
+    if homeless and strategy is not None:
+        problems.add(
+            f"{len(homeless)} tensors of the source are not in the destination strategy {strategy.origin}: "
+            f"{name_some(homeless)}: it is the strategy of another model or lists only some parameters; regenerate it "
+            "(strategy_ckpt_config.only_trainable_params=False lists frozen ones), or name them with --carry"
+        )
+    if unlisted:
+        problems.add(
+            f"{len(unlisted)} tensors of the source are weights that the source strategy does not list: "
+            f"{name_some(unlisted)}: it is the strategy of another model or lists only some parameters; regenerate it, "
+            "or name them with --carry when every rank holds them whole"
+        )
+    problems.raise_if_any(InputError)
+
+
+def _is_whole(logical: Logical) -> bool:
+    return all(piece.box == whole(logical.shape) for piece in logical.pieces)
+
+
+def _stages(strategy: Strategy, name: str) -> tuple[int, ...]:
+    """Stages whose files hold the parameter; an unlisted optimizer state follows its weight."""
+    found = strategy.names.get(name)
+    if found is None:
+        prefix, weight = split_optimizer(name)
+        found = strategy.names.get(weight) if prefix else None
+    return found or ()
+
+
+def _placements(params: Mapping[str, Logical], strategy: Strategy | None) -> list[Placement]:
+    if strategy is None:
+        return [Placement(0, logical, whole(logical.shape)) for logical in params.values()]
+    problems = Problems()
+    found: list[Placement] = []
+    cache: dict[tuple[Layout, tuple[int, ...]], tuple[Box, ...]] = {}
+    for name, logical in params.items():
+        for stage in _stages(strategy, name):
+            layout = layout_of(strategy.stages[stage].layouts, name)
+            if layout is None:
+                continue
+            boxes = cache.get((layout, logical.shape))
+            if boxes is None:
+                try:
+                    boxes = cache[layout, logical.shape] = layout.boxes(logical.shape)
+                except LayoutError as error:
+                    problems.add(
+                        f"{name!r}: {error} of destination strategy {strategy.origin} (stage {stage}): "
+                        "choose another parallel layout, or the strategy of this model"
+                    )
+                    continue
+            first = strategy.ranks(stage).start
+            found.extend(Placement(first + local, logical, box) for local, box in enumerate(boxes))
+    problems.raise_if_any(InputError)
+    return found
+
+
+def _rank_file(rank: int, placements: Sequence[Placement], options: TargetOptions) -> TargetFile:
+    specs: list[TensorSpec] = []
+    boxes: dict[str, Box] = {}
+    strings: dict[str, Logical] = {}
+    for placement in placements:
+        logical = placement.logical
+        if logical.dtype == dtypes.STRING and options.container == "safetensors":
+            strings[logical.name] = logical
+            continue
+        size = logical.pieces[0].tensor.nbytes if logical.dtype == dtypes.STRING else 0
+        specs.append(TensorSpec(logical.name, logical.dtype, placement.box.size, size))
+        boxes[logical.name] = placement.box
+    relpath = f"rank_{rank}/{options.prefix}{rank}.{options.container}"
+    return TargetFile(relpath, options.container, _skeleton(specs, options, strings), tuple(specs), boxes)
+
+
+def _skeleton(specs: Sequence[TensorSpec], options: TargetOptions, strings: Mapping[str, Logical]) -> Skeleton:
+    if options.container == "ckpt":
+        return ckpt.skeleton(specs, crc=options.crc)
+    values = {name: _text(logical) for name, logical in strings.items()}
+    return safetensors.skeleton(specs, {"format": "ms"}, values)
+
+
+def _text(logical: Logical) -> str:
+    data = logical.pieces[0].tensor.inline
+    if data is None:
+        raise InputError(f"the string {logical.name!r} was not read")
+    return data.decode("utf-32-le")

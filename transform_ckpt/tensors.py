@@ -1,0 +1,165 @@
+"""Values that headers are read into and files are laid out from: no tensor bytes here.
+
+A stored `Tensor` is a list of segments, because MindSpore cuts a tensor over 512 MiB into several values of one .ckpt.
+A `Skeleton` is a file without its tensor bytes: the exact header bytes, the exact size, and where each tensor lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from transform_ckpt import dtypes
+from transform_ckpt.views import Box, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`nbytes` bytes at `offset_bytes` of one file."""
+
+    offset_bytes: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a file is asked to hold: name, neutral dtype code, shape.  `nbytes` is given only for strings."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    string_nbytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size in bytes."""
+        if self.dtype == dtypes.STRING:
+            return self.string_nbytes
+        return prod(self.shape) * dtypes.itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor as one file stores it: C order, little endian, in the extents' order.
+
+    `inline` holds the bytes of a small value that no tensor file stores (a string, a number of a JSON file); `path`
+    then names the file that it comes from and `extents` is empty.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    path: str
+    extents: tuple[Extent, ...]
+    inline: bytes | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size in bytes."""
+        if self.inline is not None:
+            return len(self.inline)
+        return sum(extent.nbytes for extent in self.extents)
+
+    def spec(self) -> TensorSpec:
+        """The same tensor as a wish for another file."""
+        return TensorSpec(self.name, self.dtype, self.shape, self.nbytes if self.dtype == dtypes.STRING else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class FileHeader:
+    """What one checkpoint file says of itself.
+
+    `digest` is the XXH3-128 of everything but tensor bytes (a source fingerprint); `crc32` is the stored checksum of
+    the file's first `crc_nbytes` bytes, or None where the file has none.
+    """
+
+    path: str
+    format: str
+    nbytes: int
+    tensors: Mapping[str, Tensor]
+    digest: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    crc32: int | None = None
+    crc_nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A file to be: `chunks` are (offset_bytes, bytes) of header material, `places` where each tensor goes."""
+
+    nbytes: int
+    chunks: tuple[tuple[int, bytes], ...]
+    places: Mapping[str, tuple[Extent, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stored tensor that holds exactly `box` of a logical one.  `rank` is the global rank whose file it is in."""
+
+    tensor: Tensor
+    box: Box
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """A whole parameter and where its parts are stored; several pieces with an equal box are replicas."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint as its headers (and, where it needs one, its strategy) describe it.
+
+    `params` are laid-out parameters; `states` are names in no strategy (step, loss scale ...): whole tensors, one
+    piece a rank.  `strings` are values that no tensor file holds (Checkpoint 2.0's common.json), by file name.
+    """
+
+    format: str
+    root: str
+    headers: tuple[FileHeader, ...]
+    params: Mapping[str, Logical]
+    states: Mapping[str, Logical]
+    step: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFile:
+    """One tensor file to be written: its path below the destination, its skeleton, and which box each tensor is.
+
+    `header_format` names the module that reads it back ("ckpt" or "safetensors").
+    """
+
+    relpath: str
+    header_format: str
+    skeleton: Skeleton
+    specs: tuple[TensorSpec, ...]
+    boxes: Mapping[str, Box]
+    logical: Mapping[str, str] = field(default_factory=dict)
+    """Stored name -> logical name, where they differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class SmallFile:
+    """A file whose bytes are known while planning (JSON, trackers)."""
+
+    relpath: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Everything that will lie in the destination."""
+
+    format: str
+    files: tuple[TargetFile, ...]
+    small: tuple[SmallFile, ...] = ()
+    dropped: tuple[str, ...] = ()
+    """Names of source tensors that the user asked to leave out."""
+    notes: tuple[str, ...] = ()

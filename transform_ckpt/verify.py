@@ -1,0 +1,122 @@
+"""Reads a destination again: digests against the manifest or the journal.
+
+May import planner, store, manifest, formats.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from transform_ckpt import manifest
+from transform_ckpt.errors import TransformError
+from transform_ckpt.formats import container_of, read_header
+from transform_ckpt.formats.files import open_binary, storage_error, xxh3
+from transform_ckpt.planner import Plan
+from transform_ckpt.store import FileTable, _pieces, read_fully
+from transform_ckpt.tensors import Extent, FileHeader
+from transform_ckpt.views import row_major
+
+_BUFFER_NBYTES = 1 << 20
+
+
+def part_ranges(plan: Plan, unit: int) -> Iterator[tuple[int, int, int, int]]:
+    """(group, write, first byte in the target tensor, nbytes) of every part a unit writes, in the journal's order."""
+    for task in plan.units[unit]:
+        component = plan.groups[task.group].component
+        for index in plan.active(task):
+            box = component.writes[index].box
+            low, high = max(task.start, box.start[0]), min(task.stop, box.start[0] + box.size[0])
+            row_nbytes = row_major(box.size)[0]
+            yield task.group, index, (low - box.start[0]) * row_nbytes, (high - low) * row_nbytes
+
+
+def range_digest(table: FileTable, path: str, extents: Sequence[Extent], at: int, nbytes: int) -> str:
+    """XXH3-128 of some bytes of a stored tensor."""
+    import xxhash
+
+    hasher = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(min(_BUFFER_NBYTES, max(nbytes, 1))))
+    fd = table.fd(path)
+    end = at + nbytes
+    while at < end:
+        part = buffer[: min(len(buffer), end - at)]
+        for offset, piece in _pieces(extents, at, part):
+            read_fully(fd, path, offset, piece)
+        hasher.update(part)
+        at += len(part)
+    return hasher.hexdigest()
+
+
+def check_tree(root: str, found: Mapping[str, Any]) -> list[str]:
+    """What differs between a directory and its manifest: one line per fault, empty when all is as it was written."""
+    faults: list[str] = []
+    table = FileTable(os.O_RDONLY)
+    try:
+        for relpath, entry in found["files"].items():
+            faults += _check_file(table, os.path.join(root, relpath), relpath, entry)
+        for relpath, entry in found.get("small_files", {}).items():
+            faults += _check_small(os.path.join(root, relpath), relpath, entry)
+    finally:
+        table.close()
+    listed = {*found["files"], *found.get("small_files", {}), manifest.NAME}
+    faults += [f"{name}: is not in {manifest.NAME}" for name in _tensor_files(root) if name not in listed]
+    return faults
+
+
+def _tensor_files(root: str) -> list[str]:
+    names = (os.path.relpath(os.path.join(d, n), root) for d, _, files in os.walk(root) for n in files)
+    return sorted(n for n in names if container_of(n))
+
+
+def _check_file(table: FileTable, path: str, relpath: str, entry: Mapping[str, Any]) -> list[str]:
+    if not os.path.isfile(path):
+        return [f"{relpath}: is missing"]
+    size = os.path.getsize(path)
+    if size != entry["nbytes"]:
+        return [f"{relpath}: has {size:,} bytes, was written with {entry['nbytes']:,}"]
+    try:
+        header = read_header(path)
+    except TransformError as error:
+        return [str(error)]
+    faults = [] if header_bytes_digest(header) == entry["header"] else [f"{relpath}: its header was changed"]
+    wanted = entry["tensors"]
+    stored = {name for name, tensor in header.tensors.items() if tensor.inline is None}
+    faults += [f"{relpath}: {name!r} is missing" for name in sorted(wanted.keys() - stored)]
+    faults += [f"{relpath}: {name!r} was added" for name in sorted(stored - wanted.keys())]
+    for name in sorted(wanted.keys() & stored):
+        at = 0
+        for part in filter(None, wanted[name].split(",")):
+            nbytes, digest = part.split(":")
+            if range_digest(table, path, header.tensors[name].extents, at, int(nbytes)) != digest:
+                faults.append(f"{relpath}: the bytes of {name!r} are not what was written: the file is damaged")
+                break
+            at += int(nbytes)
+    return faults
+
+
+def header_bytes_digest(header: FileHeader) -> str:
+    """Digest of every byte of a file that is no tensor's, in order (as `manifest.skeleton_digest`)."""
+    extents = sorted(
+        (e for t in header.tensors.values() for e in t.extents if e.nbytes), key=lambda e: e.offset_bytes
+    )
+    chunks: list[bytes] = []
+    with open_binary(header.path, "reading the header again") as (fd, nbytes):
+        at = 0
+        for offset, end in [*((e.offset_bytes, e.offset_bytes + e.nbytes) for e in extents), (nbytes, nbytes)]:
+            if offset > at:
+                chunks.append(os.pread(fd, offset - at, at))
+            at = end
+    if header.format == "ckpt" and header.crc32 is not None and chunks:
+        chunks[-1] = chunks[-1][:-10] + bytes(10)  # the crc is known only after the file was filled
+    return xxh3(*chunks)
+
+
+def _check_small(path: str, relpath: str, entry: Mapping[str, Any]) -> list[str]:
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read()
+    except OSError as error:
+        return [str(storage_error(path, error, "verifying"))]
+    return [] if xxh3(data) == entry["digest"] else [f"{relpath}: was changed"]
