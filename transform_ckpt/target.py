@@ -6,7 +6,7 @@ May import formats, strategy, states, source (layout_of), tensors, views, errors
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -18,7 +18,10 @@ from transform_ckpt.formats.mindspore_unified import lay_out_parts
 from transform_ckpt.source import layout_of
 from transform_ckpt.states import is_state, split_optimizer
 from transform_ckpt.tensors import Logical, Skeleton, Source, Target, TargetFile, TensorSpec
+from transform_ckpt.values import decode
 from transform_ckpt.views import Box, whole
+
+DEFAULT_PREFIX = "checkpoint_"
 
 Container = Literal["ckpt", "safetensors"]
 
@@ -28,7 +31,7 @@ class TargetOptions:
     """What the destination looks like; `carry` are patterns of names that may be in no strategy."""
 
     container: Container = "safetensors"
-    prefix: str = "checkpoint_"
+    prefix: str = DEFAULT_PREFIX
     unified: bool = False
     checkpoint2: bool = False
     crc: bool = False
@@ -74,6 +77,32 @@ def lay_out(source: Source, strategy: Strategy | None, options: TargetOptions) -
         by_rank[placement.rank].append(placement)
     files = tuple(_rank_file(rank, found, options) for rank, found in by_rank.items())
     return Target("mindspore", files, (), chosen.dropped, chosen.notes)
+
+
+def _checkpoint2(source: Source, placements: Sequence[Placement], chosen: _Chosen, options: TargetOptions) -> Target:
+    """MindFormers Checkpoint 2.0: scalars that its common.json has no field for are whole tensors of rank 0."""
+    scalars: dict[str, int | float | bool | str] = {}
+    kept = dict(chosen.params)
+    placed = [(p.rank, p.logical.name, p.box) for p in placements]
+    for name, state in (chosen.states | {n: p for n, p in chosen.params.items() if n in checkpoint2.COMMON_FIELDS}).items():
+        value = state.pieces[0].tensor.inline
+        decoded = None if value is None else decode(state.dtype, state.shape, value)
+        if name in checkpoint2.COMMON_FIELDS and isinstance(decoded, int | float | bool | str):
+            scalars[name] = decoded
+            kept.pop(name, None)
+            placed = [p for p in placed if p[1] != name]
+        elif name not in kept:
+            kept[name] = state
+            placed.append((0, name, whole(state.shape)))
+    step = scalars.get("global_step", scalars.get("step_num", source.step or 0))
+    found = checkpoint2.plan_target(
+        {n: (p.dtype, p.shape) for n, p in kept.items()},
+        placed,
+        scalars,
+        "" if options.prefix == DEFAULT_PREFIX else options.prefix,
+        source.step if source.step is not None else int(step),
+    )
+    return replace(found, dropped=(*found.dropped, *chosen.dropped), notes=(*found.notes, *chosen.notes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transform_ckpt import manifest
-from transform_ckpt.errors import TransformError
+from transform_ckpt.errors import InputError, TransformError
 from transform_ckpt.formats import container_of, read_header
 from transform_ckpt.formats.files import open_binary, storage_error, xxh3
 from transform_ckpt.planner import Plan
@@ -120,3 +120,15 @@ def _check_small(path: str, relpath: str, entry: Mapping[str, Any]) -> list[str]
     except OSError as error:
         return [str(storage_error(path, error, "verifying"))]
     return [] if xxh3(data) == entry["digest"] else [f"{relpath}: was changed"]
+
+
+def headers_of(path: str) -> list[FileHeader]:
+    """Headers of every tensor file below a path (or of the one file), each checked by its format's rules."""
+    if os.path.isfile(path):
+        return [read_header(path)]
+    if not os.path.isdir(path):
+        raise InputError(f"{path}: not found: check the path")
+    found = [read_header(os.path.join(path, name)) for name in _tensor_files(path)]
+    if not found:
+        raise InputError(f"{path}: no .ckpt or .safetensors file below it")
+    return found

@@ -1,0 +1,93 @@
+"""The command line: one file per verb, imported when it is called.  stdout is the result, stderr everything else."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from transform_ckpt.errors import TransformError
+from transform_ckpt.version import VERSION
+
+VERBS = ("convert", "plan", "inspect", "verify", "diff", "layout", "doctor", "formats")
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+class _LazyVerbs(click.Group):
+    """Verbs by name; the module of a verb is imported when it is used or listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command = importlib.import_module(f"transform_ckpt.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_LazyVerbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(VERSION, prog_name="transform-ckpt")
+def cli() -> None:
+    """Transform large-model training checkpoints: any strategy, any layout, proven complete.
+
+    Exit codes: 0 done; 2 usage or destination occupied; 3 input invalid or unsupported; 4 plan ambiguous or incomplete;
+    5 I/O; 6 verify or diff found differences; 7 partial, run again to continue; 130 SIGINT; 143 SIGTERM.
+    """
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    sys.exit(run(arguments))
+
+
+def _terminate(_number: int, _frame: Any) -> None:
+    raise _Terminated
+
+
+def run(arguments: list[str] | None = None, command: click.Command = cli) -> int:
+    """Run a command and give its exit code; every expected error is one message, without a traceback."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not sys.platform.startswith("linux"):
+        print(f"error: transform-ckpt runs on Linux only, this is {sys.platform}", file=sys.stderr)
+        return 3
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        found = command.main(args=words, prog_name="transform-ckpt", standalone_mode=False)
+        sys.stdout.flush()
+        return found if isinstance(found, int) else 0
+    except click.UsageError as error:
+        error.show()
+        return _failed(words, error.format_message(), 2, shown=True)
+    except click.ClickException as error:
+        return _failed(words, error.format_message(), 2)
+    except TransformError as error:
+        return _failed(words, str(error), error.exit_code)
+    except OSError as error:
+        from transform_ckpt.formats.files import storage_error
+
+        found_error = storage_error(str(error.filename or "standard output"), error, "running")
+        return _failed(words, str(found_error), found_error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _failed(words, "interrupted; what is done is kept: run the same command again to continue", INTERRUPTED)
+    except _Terminated:
+        return _failed(words, "terminated; what is done is kept: run the same command again to continue", TERMINATED)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _failed(words: list[str], message: str, code: int, *, shown: bool = False) -> int:
+    if not shown:
+        print(f"error: {message}", file=sys.stderr)
+    if "--json" in words:
+        print(json.dumps({"ok": False, "exit_code": code, "error": message}))
+    return code

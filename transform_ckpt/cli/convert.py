@@ -1,0 +1,61 @@
+"""`transform-ckpt convert SRC DST`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import click
+
+from transform_ckpt.cli.options import human, json_flag, plan_flags, run_flags
+
+
+@click.command("convert")
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path())
+@plan_flags
+@run_flags
+@click.option("--dry-run", is_flag=True, help="Print files, bytes, free space and problems; write nothing.")
+@json_flag
+def command(src: str, dst: str, dry_run: bool, as_json: bool, **flags: Any) -> None:
+    """Transform the checkpoint SRC into DST.
+
+    DST appears under its name only when it is complete; an interrupted run leaves DST.partial, and the same command
+    continues it.
+    """
+    from transform_ckpt.cli.plan import plan_options, show_plan
+
+    options = plan_options(src, flags)
+    if dry_run:
+        show_plan(src, dst, options, overwrite=flags["overwrite"], as_json=as_json)
+        return
+    convert(src, dst, options, flags, as_json=as_json)
+
+
+def convert(src: str, dst: str, options: dict[str, Any], flags: dict[str, Any], *, as_json: bool) -> None:
+    """Run, and print what was done."""
+    from transform_ckpt import api
+    from transform_ckpt.cli.progress import progress
+
+    started = time.monotonic()
+    with progress("transform") as show:
+        run_options = api.RunOptions(
+            flags["workers"], flags["memory"], flags["overwrite"], not flags["no_resume"], flags["fsync"], show
+        )
+        result = api.convert(src, dst, run_options=run_options, verify=flags["verify"], **options)
+    seconds = time.monotonic() - started
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        fields = ("dst", "files", "write_nbytes", "read_nbytes", "resumed_units", "verified")
+        found = {name: getattr(result, name) for name in fields}
+        print(json.dumps({"ok": True, **found, "notes": result.notes, "seconds": round(seconds, 3)}))
+        return
+    resumed = f", {result.resumed_units} units kept from the interrupted run" if result.resumed_units else ""
+    verified = "; read again and equal to the source" if result.verified else ""
+    print(
+        f"{result.dst}: {result.files} files, {human(result.write_nbytes)} in {seconds:.2f} s "
+        f"({human(result.write_nbytes / max(seconds, 1e-9))}/s){resumed}{verified}"
+    )

@@ -1,0 +1,87 @@
+"""`transform-ckpt verify PATH [--against SRC]`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import click
+
+from transform_ckpt.cli.options import json_flag
+from transform_ckpt.errors import DifferenceError
+
+SHOWN = 20
+
+
+@click.command("verify")
+@click.argument("path", type=click.Path())
+@click.option("--against", metavar="SRC", type=click.Path(), help="Compare with this checkpoint, whatever its layout.")
+@click.option("--src-strategy", metavar="FILE|DIR", help="Strategy of SRC.")
+@click.option("--dst-strategy", "--strategy", metavar="FILE|DIR", help="Strategy of PATH.")
+@click.option("--step", type=int, help="Which step, where PATH holds several.")
+@json_flag
+def command(
+    path: str, against: str | None, src_strategy: str | None, dst_strategy: str | None, step: int | None, as_json: bool
+) -> None:
+    """Check PATH: its files' own checksums, its manifest's digests, its replicas (with a strategy), and SRC.
+
+    Exit code 6 names what differs.
+    """
+    faults, checks = check(path, against, src_strategy, dst_strategy, step)
+    if as_json:
+        print(json.dumps({"ok": not faults, "exit_code": 6 if faults else 0, "checks": checks, "differences": faults}))
+    if faults:
+        shown = "\n".join(faults[:SHOWN])
+        more = f"\n... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        message = f"{path}: {len(faults)} differences:\n{shown}{more}"
+        if not as_json:
+            raise DifferenceError(message)
+        print(f"error: {message}", file=sys.stderr)
+        click.get_current_context().exit(DifferenceError.exit_code)
+    if not as_json:
+        print(f"{path}: {', '.join(checks)}: no difference")
+
+
+def check(
+    path: str, against: str | None, src_strategy: str | None, dst_strategy: str | None, step: int | None
+) -> tuple[list[str], list[str]]:
+    """(differences, names of the checks made)."""
+    from transform_ckpt import api, manifest
+    from transform_ckpt.cli.progress import progress
+    from transform_ckpt.compare import compare, replica_differences
+    from transform_ckpt.errors import InputError
+    from transform_ckpt.execute import check_crc
+    from transform_ckpt.verify import check_tree, headers_of
+
+    faults: list[str] = []
+    checks: list[str] = []
+    found = manifest.read(path) if os.path.isdir(path) else None
+    if found is not None:
+        faults += check_tree(path, found)
+        checks.append("digests of the manifest")
+        if faults:
+            return faults, checks
+    headers = headers_of(path)
+    checks.append(f"headers of {len(headers)} files")
+    crcs = [h for h in headers if h.crc32 is not None]
+    for header in crcs:
+        try:
+            check_crc(header)
+        except InputError as error:
+            faults.append(str(error))
+    if crcs:
+        checks.append(f"crc of {len(crcs)} files")
+    if dst_strategy is not None or against is not None:
+        opened = api.open_checkpoint(path, dst_strategy, step)
+        faults += [str(d) for d in replica_differences(opened)]
+        checks.append("replicas")
+        if against is not None:
+            with progress("compare") as show:
+                source = api.open_checkpoint(against, src_strategy)
+                dropped = set(found["target"]["dropped"]) if found is not None else set()
+                names = [n for n in (*source.params, *source.states) if n not in dropped]
+                names += [n for n in (*opened.params, *opened.states) if n not in {*names, *dropped}]
+                faults += [str(d) for d in compare(source, opened, names=names, progress=show)]
+            checks.append(f"every tensor of {against}")
+    return faults, checks
