@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 from transform_ckpt.views import View
 
@@ -101,7 +101,7 @@ def _cluster(sets: Sequence[_Set], first: int, stop: int) -> Fault | None:
 def _radix(sets: Sequence[_Set]) -> tuple[int, ...] | None:
     """All strides of the cluster and 1, widest first, when each divides the next wider one."""
     strides = sorted({s for item in sets for _, s in item.axes} | {1}, reverse=True)
-    if any(wide % narrow for wide, narrow in zip(strides, strides[1:], strict=False)):
+    if any(wide % narrow for wide, narrow in pairwise(strides)):
         return None
     return tuple(strides)
 

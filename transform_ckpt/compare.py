@@ -178,7 +178,9 @@ def replica_differences(source: Source, progress: Progress | None = None) -> Ite
         b = replace(source, params=others, states={})
         for found in compare(a, b, names=names, progress=progress):
             ranks = sorted({p.rank for p in others[found.name].pieces} | {p.rank for p in first[found.name].pieces})
-            yield Difference(found.name, "replica", f"its copies on ranks {ranks} differ (copy 0 and {number}): {found.detail}")
+            yield Difference(
+                found.name, "replica", f"its copies on ranks {ranks} differ (copy 0 and {number}): {found.detail}"
+            )
 
 
 def _padded(lists: list[list[Piece]]) -> list[list[Piece]]:
@@ -196,4 +198,3 @@ def check_output(plan: Plan, dst: str, reopened: Source, progress: Progress | No
     faults += [str(d) for d in replica_differences(plan.source)]
     if faults:
         raise DifferenceError(f"{dst}: {len(faults)} differences from the source:\n" + "\n".join(faults[:20]))
-

@@ -6,6 +6,7 @@ Sources: safetensors 0.7.0 `Dtype`; MindSpore 2.9.0 mindspore/train/serializatio
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 
@@ -49,3 +50,21 @@ BY_MINDSPORE = {dtype.mindspore: dtype for dtype in _TABLE}
 def itemsize(code: str) -> int:
     """Bytes per element of a neutral dtype code."""
     return BY_CODE[code].itemsize
+
+
+_STRUCT_CODES = {
+    "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i", "U64": "Q", "I64": "q",
+    "F16": "e", "F32": "f", "F64": "d",
+}  # fmt: skip
+
+
+def decode(code: str, value: bytes) -> int | float | bool | str | bytes:
+    """A single value as Python has it; the bytes where it is several, or of a type without a Python twin."""
+    if code == STRING:
+        return value.decode("utf-32-le", "replace")
+    if code == "BF16" and len(value) == BY_CODE[code].itemsize:
+        return float(struct.unpack("<f", b"\0\0" + value)[0])
+    if code in _STRUCT_CODES and len(value) == itemsize(code):
+        found: int | float | bool = struct.unpack("<" + _STRUCT_CODES[code], value)[0]
+        return found
+    return value

@@ -125,9 +125,9 @@ class Execution:
 
     def _enter(self) -> None:
         """Take DST.partial, which must be ours or not there."""
-        if os.path.lexists(self.partial) and not self.journal.exists:
-            if not os.path.isdir(self.partial) or os.listdir(self.partial):
-                raise UsageError(f"{self.partial}: is in the way and not a partial output of ours: move it away")
+        foreign = os.path.lexists(self.partial) and not self.journal.exists
+        if foreign and (not os.path.isdir(self.partial) or os.listdir(self.partial)):
+            raise UsageError(f"{self.partial}: is in the way and not a partial output of ours: move it away")
         try:
             os.makedirs(self.partial, exist_ok=True)
         except OSError as error:
@@ -143,8 +143,8 @@ class Execution:
                 return self._resumable()
             if not self.options.overwrite:
                 raise UsageError(
-                    f"{self.partial}: holds the partial output of another plan (or its source has changed): finish that "
-                    "one, or add --no-resume to start over"
+                    f"{self.partial}: holds the partial output of another plan (or its source has changed): finish "
+                    "that one, or add --no-resume to start over"
                 )
         self._clear()
         try:

@@ -73,7 +73,9 @@ def content(plan: Plan, fingerprint: str, digests: Digests) -> bytes:
         "source": {"format": plan.source.format, "step": plan.source.step, "files": source_files(plan)},
         "target": {"format": plan.target.format, "dropped": sorted(plan.target.dropped)},
         "files": files,
-        "small_files": {small.relpath: {"nbytes": len(small.data), "digest": xxh3(small.data)} for small in plan.target.small},
+        "small_files": {
+            small.relpath: {"nbytes": len(small.data), "digest": xxh3(small.data)} for small in plan.target.small
+        },
     }
     return json.dumps(whole, indent=1).encode() + b"\n"
 

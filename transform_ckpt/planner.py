@@ -120,33 +120,33 @@ def build(source: Source, target: Target) -> Plan:
             if piece.box in holders:
                 replicas += piece.tensor.nbytes
             holders.setdefault(piece.box, piece)
-        width = dtypes.itemsize(parameter.dtype)
-        shape = parameter.shape
         sources, targets = tuple(holders), tuple(places)
-        if parameter.dtype == dtypes.STRING:
-            shape = (next(iter(holders.values())).tensor.nbytes,)
-            sources = targets = (whole(shape),)
-            holders = dict(zip(sources, holders.values(), strict=True))
-            places = dict(zip(targets, places.values(), strict=True))
-        key = (shape, width, sources, targets)
+        key = (parameter.shape, _element_nbytes(parameter), sources, targets)
         if key not in patterns:
             patterns[key] = _pattern(*key)
-        missing = _missing(parameter, patterns[key], shape)
+        missing = _missing(parameter, patterns[key])
         if missing:
             problems.add(missing)
             continue
-        for part in patterns[key]:
-            groups.append(
-                Group(
-                    name,
-                    part.component,
-                    tuple(holders[sources[i]].tensor for i in part.reads),
-                    tuple(tuple(places[targets[i]]) for i in part.writes),
-                )
+        groups.extend(
+            Group(
+                name,
+                part.component,
+                tuple(holders[sources[i]].tensor for i in part.reads),
+                tuple(tuple(places[targets[i]]) for i in part.writes),
             )
+            for part in patterns[key]
+        )
     problems.raise_if_any(PlanError)
     groups.sort(key=lambda g: min((p.file for w in g.writes for p in w), default=0))
     return Plan(source, target, tuple(groups), tuple(_units(groups)), replicas, (*source.notes, *target.notes))
+
+
+def _element_nbytes(parameter: Logical) -> int:
+    """A string is one element as long as it is."""
+    if parameter.dtype == dtypes.STRING:
+        return parameter.pieces[0].tensor.nbytes
+    return dtypes.itemsize(parameter.dtype)
 
 
 def _wanted(target: Target) -> dict[str, dict[Box, list[Place]]]:
@@ -160,13 +160,13 @@ def _wanted(target: Target) -> dict[str, dict[Box, list[Place]]]:
     return found
 
 
-def _missing(parameter: Logical, parts: Sequence[_Part], shape: Shape) -> str | None:
+def _missing(parameter: Logical, parts: Sequence[_Part]) -> str | None:
     fault = next((part.fault for part in parts if part.fault), None)
     if fault is None:
         return None
     ranks = rank_ranges({piece.rank for piece in parameter.pieces})
     return (
-        f"{parameter.name!r} {list(shape)}: {fault}: the files of ranks {ranks} hold only a part of it, "
+        f"{parameter.name!r} {list(parameter.shape)}: {fault}: the files of ranks {ranks} hold only a part of it, "
         "nobody holds the rest: find the missing or truncated rank files"
     )
 
@@ -268,9 +268,7 @@ def _describe(box: Box) -> str:
     return "[" + ", ".join(f"{s}:{e}" for s, e in zip(box.start, box.stop(), strict=True)) + "]"
 
 
-def _normalise(
-    reads: Sequence[tuple[Box, Box]], writes: Sequence[tuple[Box, Box]], width: int
-) -> Component:
+def _normalise(reads: Sequence[tuple[Box, Box]], writes: Sequence[tuple[Box, Box]], width: int) -> Component:
     """(box, holder) pairs -> a Component: origin moved, axes that nobody cuts merged, elements as bytes."""
     both = [*reads, *writes]
     ndim = len(both[0][0].start)

@@ -145,7 +145,9 @@ class _RankReader:
                 problems.add(str(error))
             strays = sorted(set(ranks) - {rank for rank, _ in laid_out})
             if strays:
-                self.notes.append(f"{name!r} in the files of ranks {rank_ranges(strays)} is in no layout of their stage")
+                self.notes.append(
+                    f"{name!r} in the files of ranks {rank_ranges(strays)} is in no layout of their stage"
+                )
         problems.raise_if_any(InputError)
         self._check_optimizer_shapes(found)
         self._check_listed(found)
@@ -159,19 +161,21 @@ class _RankReader:
     ) -> Logical:
         pieces: list[Piece] = []
         first = self.tensors[laid_out[0][0]][name]
-        full: tuple[int, ...] | None = None
+        full: tuple[int, ...] = ()
         for rank, layout in laid_out:
             tensor = self.tensors[rank][name]
             try:
                 shape = layout.full_shape(tensor.shape)
             except LayoutError as error:
-                raise InputError(f"{tensor.path}: {name!r}{list(tensor.shape)}: {error} ({self.strategy.origin})") from None
-            if full is None:
+                raise InputError(
+                    f"{tensor.path}: {name!r}{list(tensor.shape)}: {error} ({self.strategy.origin})"
+                ) from None
+            if not pieces:
                 full = shape
             if shape != full or tensor.dtype != first.dtype:
                 raise InputError(
-                    f"{name!r} does not agree between ranks: {first.path} has {first.dtype}{list(first.shape)} of a whole "
-                    f"{list(full)}, {tensor.path} has {tensor.dtype}{list(tensor.shape)} of a whole {list(shape)}: "
+                    f"{name!r} does not agree between ranks: {first.path} has {first.dtype}{list(first.shape)} of a "
+                    f"whole {list(full)}, {tensor.path} has {tensor.dtype}{list(tensor.shape)} of a whole {list(shape)}: "
                     f"the files are of different runs, or {self.strategy.origin} is not their strategy"
                 )
             boxes = cache.get((layout, full))
@@ -179,7 +183,6 @@ class _RankReader:
                 boxes = cache[layout, full] = layout.boxes(full)
             local = rank - self.strategy.ranks(self.stage_of[rank]).start
             pieces.append(Piece(tensor, boxes[local], rank))
-        assert full is not None
         return Logical(name, first.dtype, full, tuple(pieces))
 
     def _check_optimizer_shapes(self, params: Mapping[str, Logical]) -> None:
@@ -205,8 +208,8 @@ class _RankReader:
                 stages = sorted({s for n in missing for s in self.strategy.names[n]})
                 ranks = rank_ranges(r for s in stages for r in self.strategy.ranks(s))
                 problems.add(
-                    f"{self.path}: no file holds {name_some(missing)}, though {len(names) - len(missing)} other tensors "
-                    f"of the same kind are there: look for missing or truncated files of ranks {ranks}"
+                    f"{self.path}: no file holds {name_some(missing)}, though {len(names) - len(missing)} other "
+                    f"tensors of the same kind are there: look for missing or truncated files of ranks {ranks}"
                 )
         problems.raise_if_any(PlanError)
 
@@ -223,8 +226,8 @@ class _RankReader:
             odd = [t for t in tensors if (t.dtype, t.shape) != (first.dtype, first.shape)]
             if odd:
                 problems.add(
-                    f"{name!r} is in no source strategy and differs in shape or type: {first.dtype}{list(first.shape)} in "
-                    f"{first.path}, {odd[0].dtype}{list(odd[0].shape)} in {odd[0].path}: give a strategy that lists it"
+                    f"{name!r} is in no source strategy and differs in shape or type: {first.dtype}{list(first.shape)} "
+                    f"in {first.path}, {odd[0].dtype}{list(odd[0].shape)} in {odd[0].path}: give a strategy that lists it"
                 )
             pieces = tuple(Piece(t, whole(t.shape), r) for t, r in zip(tensors, ranks, strict=True))
             found[name] = Logical(name, first.dtype, first.shape, pieces)
@@ -241,8 +244,8 @@ class _RankReader:
             lost = [n for n in stage.layouts if n not in params and not split_optimizer(n)[0]]
             if lost:
                 problems.add(
-                    f"{self.path}: rank_{ranks.start} to rank_{ranks.stop - 1} (stage {number}) are missing, and nobody "
-                    f"else holds {name_some(lost)}: copy them here"
+                    f"{self.path}: rank_{ranks.start} to rank_{ranks.stop - 1} (stage {number}) are missing, and "
+                    f"nobody else holds {name_some(lost)}: copy them here"
                     if len(ranks) > 1
                     else f"{self.path}: rank_{ranks.start} (stage {number}) is missing, and nobody else holds "
                     f"{name_some(lost)}: copy it here"

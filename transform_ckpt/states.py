@@ -11,7 +11,16 @@ from math import prod
 from transform_ckpt import dtypes
 from transform_ckpt.views import Shape
 
-OPTIMIZER_PREFIXES = ("adam_m.", "adam_v.", "accu_grads.", "exp_avg.", "exp_avg_sq.", "moments.", "moment1.", "moment2.")
+OPTIMIZER_PREFIXES = (
+    "adam_m.",
+    "adam_v.",
+    "accu_grads.",
+    "exp_avg.",
+    "exp_avg_sq.",
+    "moments.",
+    "moment1.",
+    "moment2.",
+)
 
 STATE_NAMES = frozenset(
     "global_step learning_rate epoch_num step_num global_batch_size loss_scale scale_sense current_iterator_step "

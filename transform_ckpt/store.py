@@ -128,7 +128,9 @@ def read_fully(fd: int, path: str, offset: int, buffer: memoryview) -> None:
         except OSError as error:
             raise storage_error(path, error, "reading") from None
         if count == 0:
-            raise StorageError(f"{path}: ends at byte {offset + done:,}, expected more: it was changed while being read")
+            raise StorageError(
+                f"{path}: ends at byte {offset + done:,}, expected more: it was changed while being read"
+            )
         done += count
 
 

@@ -18,7 +18,6 @@ from transform_ckpt.formats.mindspore_unified import lay_out_parts
 from transform_ckpt.source import layout_of
 from transform_ckpt.states import is_state, split_optimizer
 from transform_ckpt.tensors import Logical, Skeleton, Source, Target, TargetFile, TensorSpec
-from transform_ckpt.values import decode
 from transform_ckpt.views import Box, whole
 
 DEFAULT_PREFIX = "checkpoint_"
@@ -84,9 +83,11 @@ def _checkpoint2(source: Source, placements: Sequence[Placement], chosen: _Chose
     scalars: dict[str, int | float | bool | str] = {}
     kept = dict(chosen.params)
     placed = [(p.rank, p.logical.name, p.box) for p in placements]
-    for name, state in (chosen.states | {n: p for n, p in chosen.params.items() if n in checkpoint2.COMMON_FIELDS}).items():
+    for name, state in (
+        {**chosen.states} | {n: p for n, p in chosen.params.items() if n in checkpoint2.COMMON_FIELDS}
+    ).items():
         value = state.pieces[0].tensor.inline
-        decoded = None if value is None else decode(state.dtype, state.shape, value)
+        decoded = None if value is None else dtypes.decode(state.dtype, value)
         if name in checkpoint2.COMMON_FIELDS and isinstance(decoded, int | float | bool | str):
             scalars[name] = decoded
             kept.pop(name, None)
@@ -121,6 +122,7 @@ def _choose(source: Source, strategy: Strategy | None, options: TargetOptions) -
     carried: list[str] = []
     homeless: list[str] = []
     unlisted: list[str] = []
+
     def carries(logical: Logical) -> bool:
         return is_state(logical.name, logical.dtype, logical.shape) or any(
             fnmatchcase(logical.name, pattern) for pattern in options.carry

@@ -6,7 +6,6 @@ They are compared between ranks and become inline values, so that the plan knows
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 
 from transform_ckpt import dtypes
@@ -54,7 +53,9 @@ def _settled(table: FileTable, logical: Logical, problems: Problems, notes: list
     if odd:
         where = f"{logical.name!r} is in no strategy and differs between rank {first.rank} and rank {odd[0]}"
         if is_state(logical.name, logical.dtype, logical.shape):
-            notes.append(f"{where} ({_show(logical, value)}, {_show(logical, values[odd[0]])}); rank {first.rank}'s is taken")
+            notes.append(
+                f"{where} ({_show(logical, value)}, {_show(logical, values[odd[0]])}); rank {first.rank}'s is taken"
+            )
         else:
             problems.add(f"{where}: it is a sharded weight; give a strategy that lists it")
     if not value:
@@ -64,24 +65,5 @@ def _settled(table: FileTable, logical: Logical, problems: Problems, notes: list
 
 
 def _show(logical: Logical, value: bytes) -> str:
-    decoded = decode(logical.dtype, logical.shape, value)
+    decoded = dtypes.decode(logical.dtype, value)
     return repr(decoded) if not isinstance(decoded, bytes) else f"{len(value)} bytes"
-
-
-def decode(dtype: str, shape: tuple[int, ...], value: bytes) -> int | float | bool | str | bytes:
-    """A single value as Python has it; bytes where it is several or of a type without a Python twin."""
-    import struct
-
-    codes: Mapping[str, str] = {
-        "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i", "U64": "Q", "I64": "q",
-        "F16": "e", "F32": "f", "F64": "d",
-    }  # fmt: skip
-    if dtype == dtypes.STRING:
-        return value.decode("utf-32-le", "replace")
-    if dtype == "BF16" and len(value) == 2:
-        return float(struct.unpack("<f", b"\0\0" + value)[0])
-    if dtype in codes and len(value) == dtypes.itemsize(dtype):
-        found = struct.unpack("<" + codes[dtype], value)[0]
-        assert isinstance(found, int | float | bool)
-        return found
-    return value

@@ -98,9 +98,7 @@ def _check_file(table: FileTable, path: str, relpath: str, entry: Mapping[str, A
 
 def header_bytes_digest(header: FileHeader) -> str:
     """Digest of every byte of a file that is no tensor's, in order (as `manifest.skeleton_digest`)."""
-    extents = sorted(
-        (e for t in header.tensors.values() for e in t.extents if e.nbytes), key=lambda e: e.offset_bytes
-    )
+    extents = sorted((e for t in header.tensors.values() for e in t.extents if e.nbytes), key=lambda e: e.offset_bytes)
     chunks: list[bytes] = []
     with open_binary(header.path, "reading the header again") as (fd, nbytes):
         at = 0

@@ -5,6 +5,7 @@ Forked after planning, so that the plan is shared memory.  A worker that dies ta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -54,7 +55,9 @@ def _run_here(units: Sequence[int], work: Work, progress: Progress | None) -> No
 class _Crew:
     """The parent's side: feeds unit numbers, watches for errors and deaths."""
 
-    def __init__(self, units: Sequence[int], make_work: Callable[[], Work], workers: int, progress: Progress | None):
+    def __init__(
+        self, units: Sequence[int], make_work: Callable[[], Work], workers: int, progress: Progress | None
+    ) -> None:
         self._queue = b"".join(_INDEX.pack(u) for u in units)
         self._make_work, self._workers, self._progress = make_work, workers, progress
         self._done = mmap.mmap(-1, _COUNT.size * workers)
@@ -151,10 +154,8 @@ class _Crew:
     def _stop(self) -> None:
         """Nobody is left behind, whatever happened."""
         for pid in list(self._pids):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         while self._pids:
             pid, _ = self._pids.popitem()
             os.waitpid(pid, 0)

@@ -15,6 +15,7 @@ from transform_ckpt.version import VERSION
 
 VERBS = ("convert", "plan", "inspect", "verify", "diff", "layout", "doctor", "formats")
 INTERRUPTED, TERMINATED = 130, 143
+_CONTINUE = "what is done is kept: run the same command again to continue"
 
 
 class _Terminated(BaseException):
@@ -30,8 +31,7 @@ class _LazyVerbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command = importlib.import_module(f"transform_ckpt.cli.{cmd_name}").command
-        assert isinstance(command, click.Command)
+        command: click.Command = importlib.import_module(f"transform_ckpt.cli.{cmd_name}").command
         return command
 
 
@@ -64,30 +64,38 @@ def run(arguments: list[str] | None = None, command: click.Command = cli) -> int
     try:
         found = command.main(args=words, prog_name="transform-ckpt", standalone_mode=False)
         sys.stdout.flush()
-        return found if isinstance(found, int) else 0
-    except click.UsageError as error:
-        error.show()
-        return _failed(words, error.format_message(), 2, shown=True)
-    except click.ClickException as error:
-        return _failed(words, error.format_message(), 2)
-    except TransformError as error:
-        return _failed(words, str(error), error.exit_code)
-    except OSError as error:
-        from transform_ckpt.formats.files import storage_error
-
-        found_error = storage_error(str(error.filename or "standard output"), error, "running")
-        return _failed(words, str(found_error), found_error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        return _failed(words, "interrupted; what is done is kept: run the same command again to continue", INTERRUPTED)
-    except _Terminated:
-        return _failed(words, "terminated; what is done is kept: run the same command again to continue", TERMINATED)
+    except (click.ClickException, TransformError, OSError, KeyboardInterrupt, click.Abort, _Terminated) as error:
+        message, code = _explain(error)
+        return _failed(words, message, code)
     finally:
         signal.signal(signal.SIGTERM, previous)
+    return found if isinstance(found, int) else 0
 
 
-def _failed(words: list[str], message: str, code: int, *, shown: bool = False) -> int:
-    if not shown:
-        print(f"error: {message}", file=sys.stderr)
+def _explain(error: BaseException) -> tuple[str, int]:
+    """Message and exit code of everything that is not a fault of this program."""
+    match error:
+        case click.UsageError():
+            context = error.ctx
+            usage = f"{context.get_usage()}\n" if context is not None else ""
+            return f"{error.format_message()}\n{usage}".rstrip(), 2
+        case click.ClickException():
+            return error.format_message(), 2
+        case TransformError():
+            return str(error), error.exit_code
+        case OSError():
+            from transform_ckpt.formats.files import storage_error
+
+            found = storage_error(str(error.filename or "standard output"), error, "running")
+            return str(found), found.exit_code
+        case _Terminated():
+            return f"terminated; {_CONTINUE}", TERMINATED
+        case _:
+            return f"interrupted; {_CONTINUE}", INTERRUPTED
+
+
+def _failed(words: list[str], message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
     if "--json" in words:
         print(json.dumps({"ok": False, "exit_code": code, "error": message}))
     return code

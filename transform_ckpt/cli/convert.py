@@ -27,7 +27,7 @@ def command(src: str, dst: str, dry_run: bool, as_json: bool, **flags: Any) -> N
     """
     from transform_ckpt.cli.plan import plan_options, show_plan
 
-    options = plan_options(src, flags)
+    options = plan_options(flags)
     if dry_run:
         show_plan(src, dst, options, overwrite=flags["overwrite"], as_json=as_json)
         return

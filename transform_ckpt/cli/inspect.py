@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
 import click
 
+from transform_ckpt import dtypes
 from transform_ckpt.cli.options import human, json_flag
 
 SHOWN = 40
@@ -55,7 +57,9 @@ def describe(path: str, strategy: str | None, step: int | None) -> dict[str, Any
             for t in h.tensors.values()
         ]
         every = [h for found in headers.values() for h in found]
-        return _answer("mindspore", files.step, every, tensors, {}, [*files.notes, "parts of ranks; --strategy shows them whole"])
+        return _answer(
+            "mindspore", files.step, every, tensors, {}, [*files.notes, "parts of ranks; --strategy shows them whole"]
+        )
     source = api.open_checkpoint(path, strategy, step)
     tensors, values = [], {}
     for logical in (*source.params.values(), *source.states.values()):
@@ -79,7 +83,9 @@ def describe(path: str, strategy: str | None, step: int | None) -> dict[str, Any
 def _answer(
     kind: str, step: int | None, headers: list[Any], tensors: list[Any], values: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
-    files = [{"path": h.path, "nbytes": h.nbytes, "tensors": len(h.tensors), "crc": h.crc32 is not None} for h in headers]
+    files = [
+        {"path": h.path, "nbytes": h.nbytes, "tensors": len(h.tensors), "crc": h.crc32 is not None} for h in headers
+    ]
     return {
         "format": kind,
         "step": step,
@@ -93,16 +99,14 @@ def _answer(
 
 def _value(logical: Any) -> Any:
     from transform_ckpt.store import FileTable
-    from transform_ckpt.values import decode, read_tensor
+    from transform_ckpt.values import read_tensor
 
     tensor = logical.pieces[0].tensor
     if tensor.nbytes > 64 and tensor.inline is None:
         return None
-    import os
-
     table = FileTable(os.O_RDONLY)
     try:
-        decoded = decode(logical.dtype, logical.shape, read_tensor(table, tensor))
+        decoded = dtypes.decode(logical.dtype, read_tensor(table, tensor))
     finally:
         table.close()
     return None if isinstance(decoded, bytes) else decoded

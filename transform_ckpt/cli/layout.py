@@ -35,7 +35,9 @@ def command(strategy: str, as_json: bool) -> None:
         print(json.dumps({"ok": True, "world": found.world if found else 1, "stages": stages}))
         return
     for entry in stages:
-        print(f"stage {entry['stage']}: ranks {entry['ranks'][0]}-{entry['ranks'][1]}, {len(entry['params'])} parameters")
+        print(
+            f"stage {entry['stage']}: ranks {entry['ranks'][0]}-{entry['ranks'][1]}, {len(entry['params'])} parameters"
+        )
         for name, row in entry["params"].items():
             shard = f" optimizer shard {row['opt_shard']['size']}" if row["opt_shard"]["size"] else ""
             print(f"  {name}  mesh {row['dev_matrix']} map {row['tensor_map']} parts {row['parts']}{shard}")

@@ -23,15 +23,17 @@ SHOWN_FILES = 12
 @json_flag
 def command(src: str, dst: str, overwrite: bool, as_json: bool, **flags: Any) -> None:
     """Say what convert would do: files, bytes, free space, problems.  Writes nothing."""
-    show_plan(src, dst, plan_options(src, flags), overwrite=overwrite, as_json=as_json)
+    show_plan(src, dst, plan_options(flags), overwrite=overwrite, as_json=as_json)
 
 
-def plan_options(src: str, flags: dict[str, Any]) -> dict[str, Any]:
+def plan_options(flags: dict[str, Any]) -> dict[str, Any]:
     """Flags as keywords of `api.plan`; formats that are not built yet are refused by name."""
     asked = {"--from": flags["from_format"], "--to": flags["to_format"]}
     for flag, value in asked.items():
         if value not in (None, "mindspore"):
-            raise InputError(f"{flag} {value}: this version converts mindspore checkpoints only (transform-ckpt formats)")
+            raise InputError(
+                f"{flag} {value}: this version converts mindspore checkpoints only (transform-ckpt formats)"
+            )
     return {
         "src_strategy": flags["src_strategy"],
         "dst_strategy": flags["dst_strategy"],
@@ -83,7 +85,9 @@ def _print(src: str, dst: str, found: dict[str, Any]) -> None:
     step = "" if source["step"] is None else f", step {source['step']}"
     print(f"source       {src} ({source['format']}, {source['files']} files{step})")
     print(f"destination  {dst} ({found['target']['format']}, {len(found['files'])} files)")
-    print(f"tensors      {found['tensors']:,} in {found['copies']:,} connected groups, {found['units']:,} units of work")
+    print(
+        f"tensors      {found['tensors']:,} in {found['copies']:,} connected groups, {found['units']:,} units of work"
+    )
     print(f"read         {human(found['read_nbytes'])} (replicas not read: {human(found['replica_nbytes_not_read'])})")
     print(f"write        {human(found['write_nbytes'])}; free there: {human(found['free_nbytes'])}")
     if found["target"]["dropped"]:

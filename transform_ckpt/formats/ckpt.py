@@ -31,7 +31,7 @@ _WINDOW = 4096
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     """The wire format is violated at a byte offset."""
 
     def __init__(self, offset: int, what: str) -> None:
@@ -48,12 +48,12 @@ class _Cursor:
     def take(self, count: int, end: int) -> bytes:
         """The next `count` bytes, which must end before `end`."""
         if count > end - self.at:
-            raise _Damaged(self.at, f"{count:,} bytes announced, {end - self.at:,} left")
+            raise _DamagedError(self.at, f"{count:,} bytes announced, {end - self.at:,} left")
         low = self.at - self._start
         if low < 0 or low + count > len(self._window):
             self._window, self._start, low = os.pread(self.fd, max(_WINDOW, count), self.at), self.at, 0
             if len(self._window) < count:
-                raise _Damaged(self.at, "the file ended while it was read")
+                raise _DamagedError(self.at, "the file ended while it was read")
         self.at += count
         return self._window[low : low + count]
 
@@ -66,7 +66,7 @@ class _Cursor:
                 return value
             shift += 7
             if shift > 63:
-                raise _Damaged(self.at, "a number of more than 10 bytes")
+                raise _DamagedError(self.at, "a number of more than 10 bytes")
 
     def field(self, end: int) -> tuple[int, int]:
         """Field number and wire type."""
@@ -78,7 +78,7 @@ class _Cursor:
         start = self.at
         length = self.varint(end)
         if length > end - self.at:
-            raise _Damaged(start, f"a field of {length:,} bytes, {end - self.at:,} left")
+            raise _DamagedError(start, f"a field of {length:,} bytes, {end - self.at:,} left")
         return self.at + length
 
     def skip(self, wire: int, end: int) -> None:
@@ -90,7 +90,7 @@ class _Cursor:
         elif wire in (_FIXED64, _FIXED32):
             self.take(8 if wire == _FIXED64 else 4, end)
         else:
-            raise _Damaged(self.at, f"wire type {wire}")
+            raise _DamagedError(self.at, f"wire type {wire}")
 
 
 @dataclass
@@ -108,11 +108,11 @@ def _text(cursor: _Cursor, end: int) -> str:
     stop = cursor.length(end)
     start = cursor.at
     if stop - start > _WINDOW:
-        raise _Damaged(start, f"a name of {stop - start:,} bytes")
+        raise _DamagedError(start, f"a name of {stop - start:,} bytes")
     try:
         return cursor.take(stop - start, end).decode()
     except UnicodeDecodeError:
-        raise _Damaged(start, "a name that is not UTF-8") from None
+        raise _DamagedError(start, "a name that is not UTF-8") from None
 
 
 def _read_tensor(cursor: _Cursor, end: int, value: _Value) -> None:
@@ -161,7 +161,7 @@ def _walk(cursor: _Cursor) -> tuple[list[_Value], int | None]:
                 return values, int.from_bytes(trailer[len(CRC_MARK) :], "big")
         number, wire = cursor.field(cursor.nbytes)
         if (number, wire) != (1, _BYTES):
-            raise _Damaged(start, f"field {number} of wire type {wire} where a value should begin")
+            raise _DamagedError(start, f"field {number} of wire type {wire} where a value should begin")
         values.append(_read_value(cursor, cursor.length(cursor.nbytes)))
     return values, None
 
@@ -179,7 +179,7 @@ def read_header(path: str) -> FileHeader:
             raise InputError(f"{path}: the file is empty (0 bytes): fetch or save it again")
         try:
             values, crc = _walk(_Cursor(fd, nbytes))
-        except _Damaged as damage:
+        except _DamagedError as damage:
             raise InputError(
                 f"{path}: not a whole MindSpore .ckpt: {damage} of {nbytes:,}; the file is truncated, damaged or of "
                 "another format: fetch or save it again"
@@ -216,7 +216,9 @@ def _tensor(path: str, pieces: Sequence[_Value]) -> Tensor:
         raise InputError(f"{path}: the pieces of {head.tag!r} differ in shape or type: the file is damaged")
     dtype = dtypes.BY_MINDSPORE.get(head.kind)
     if dtype is None:
-        raise InputError(f"{path}: {head.tag!r} has the unknown type {head.kind!r}; known: {sorted(dtypes.BY_MINDSPORE)}")
+        raise InputError(
+            f"{path}: {head.tag!r} has the unknown type {head.kind!r}; known: {sorted(dtypes.BY_MINDSPORE)}"
+        )
     extents = tuple(p.content for p in pieces if p.content is not None)
     nbytes = sum(e.nbytes for e in extents)
     if dtype.code == dtypes.STRING:

@@ -4,7 +4,7 @@ Rules of the format (safetensors 0.7.0, `SafeTensors::deserialize`): header at m
 of the header, tensors cover the data without hole or overlap, header padded with spaces to 8 bytes.
 MindSpore adds (2.9.0 train/serialization.py `_exec_save`): metadata format "ms", `remove_redundancy`, `crc_num` (crc32
 over name and bytes of every tensor in name order), and `"<param>": "Int4"` for packed 4-bit values stored as I8.
-It cannot store strings; ours go into the metadata under `STRINGS_KEY`, so that .ckpt -> safetensors -> .ckpt keeps them.
+It cannot store strings; ours go into the metadata under `STRINGS_KEY`: .ckpt -> safetensors -> .ckpt keeps them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeGuard
 
 from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError
@@ -94,7 +94,7 @@ def _tensor(path: str, name: str, item: Any, data_start: int, metadata: Mapping[
     return Tensor(name, code, tuple(shape), path, (Extent(data_start + begin, needed),))
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 
@@ -136,7 +136,9 @@ def _stored_code(code: str) -> str:
     return "I8" if code == "I4X2" else code
 
 
-def skeleton(specs: Sequence[TensorSpec], metadata: Mapping[str, str], strings: Mapping[str, str] | None = None) -> Skeleton:
+def skeleton(
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str], strings: Mapping[str, str] | None = None
+) -> Skeleton:
     """Lay a file out as the real writer does, byte for byte: by dtype, widest first, then by name: all lie aligned."""
     metadata = dict(metadata)
     if strings:
