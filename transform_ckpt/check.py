@@ -8,6 +8,7 @@ May import views only.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -130,9 +131,8 @@ def _disjoint(boxes: Sequence[tuple[tuple[int, int], ...]], place: int) -> bool:
     starts: dict[int, list[tuple[tuple[int, int], ...]]] = {}
     for box in boxes:
         low, high = box[place]
-        for cut in cuts:
-            if low <= cut < high:
-                starts.setdefault(cut, []).append(box)
+        for cut in cuts[bisect_left(cuts, low) : bisect_left(cuts, high)]:
+            starts.setdefault(cut, []).append(box)
     return all(_disjoint(found, place + 1) for found in starts.values())
 
 

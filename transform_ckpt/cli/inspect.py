@@ -12,7 +12,7 @@ import click
 from transform_ckpt import dtypes
 from transform_ckpt.cli.options import human, json_flag
 
-SHOWN = 40
+SHOWN = 20
 
 
 @click.command("inspect")
@@ -67,7 +67,7 @@ def describe(path: str, strategy: str | None, step: int | None) -> dict[str, Any
         if value is not None:
             values[logical.name] = value
         boxes = {piece.box for piece in logical.pieces}
-        where = f"{len(boxes)} parts on {len(logical.pieces)} ranks" if len(logical.pieces) > 1 else ""
+        where = f"{len(boxes)} parts on {len(logical.pieces)} ranks" if len(boxes) > 1 else _replicated(logical)
         tensors.append(
             {
                 "name": logical.name,
@@ -78,6 +78,10 @@ def describe(path: str, strategy: str | None, step: int | None) -> dict[str, Any
             }
         )
     return _answer(source.format, source.step, list(source.headers), tensors, values, list(source.notes))
+
+
+def _replicated(logical: Any) -> str:
+    return f"whole on {len(logical.pieces)} ranks" if len(logical.pieces) > 1 else ""
 
 
 def _answer(

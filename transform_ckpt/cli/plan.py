@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from transform_ckpt.cli.options import human, json_flag, plan_flags
-from transform_ckpt.errors import InputError, StorageError
+from transform_ckpt.errors import InputError
 
 SHOWN_FILES = 12
 
@@ -49,13 +49,16 @@ def plan_options(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def show_plan(src: str, dst: str, options: dict[str, Any], *, overwrite: bool, as_json: bool) -> None:
-    """Print the plan; StorageError when it does not fit the disk, UsageError when DST is occupied."""
+    """Print the plan and what stands in its way now; UsageError when DST is occupied."""
     from transform_ckpt import api
     from transform_ckpt.execute import check_destination, free_nbytes
 
     check_destination(dst, overwrite=overwrite)
     plan = api.plan(src, **options)
     free = free_nbytes(dst)
+    problems = []
+    if plan.write_nbytes > free:
+        problems.append(f"{os.path.abspath(dst)}: needs {plan.write_nbytes:,} bytes, {free:,} are free there")
     found = {
         "source": {"format": plan.source.format, "step": plan.source.step, "files": len(plan.source.headers)},
         "target": {"format": plan.target.format, "dropped": list(plan.target.dropped)},
@@ -69,13 +72,12 @@ def show_plan(src: str, dst: str, options: dict[str, Any], *, overwrite: bool, a
         "files": {f.relpath: f.skeleton.nbytes for f in plan.target.files}
         | {s.relpath: len(s.data) for s in plan.target.small},
         "notes": list(plan.notes),
+        "problems": problems,
     }
     if as_json:
-        print(json.dumps({"ok": plan.write_nbytes <= free, **found}))
+        print(json.dumps({"ok": True, **found}))
     else:
         _print(src, dst, found)
-    if plan.write_nbytes > free:
-        raise StorageError(f"{os.path.abspath(dst)}: needs {plan.write_nbytes:,} bytes, {free:,} are free there")
 
 
 def _print(src: str, dst: str, found: dict[str, Any]) -> None:
@@ -97,4 +99,6 @@ def _print(src: str, dst: str, found: dict[str, Any]) -> None:
         print(f"  {name}  {human(nbytes)}")
     if len(files) > SHOWN_FILES:
         print(f"  ... and {len(files) - SHOWN_FILES} more files (--json lists all)")
+    for problem in found["problems"]:
+        print(f"problem: {problem}")
     print("every element of every target is written exactly once; nothing was written now")
