@@ -19,6 +19,8 @@ _MAX_NBYTES = 1 << 30
 
 def read_bytes(path: str) -> bytes:
     """The whole file; InputError where there is none, it is empty, or its first bytes are another format's."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(f"{path}: is not a regular file but a device or FIFO; give the strategy file itself")
     try:
         with open(path, "rb") as file:
             head = file.read(_HEAD_NBYTES)

@@ -12,7 +12,7 @@ Size -1 is "every replica its own"; step 0 or size 0 is none.  The step itself f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
@@ -143,7 +143,7 @@ class Strategy:
     """A whole distributed strategy: stage s owns the `devices` ranks that follow those of the stages before it."""
 
     stages: tuple[Stage, ...]
-    origin: str = ""
+    origin: str = field(default="", compare=False)
 
     @cached_property
     def world(self) -> int:

@@ -105,6 +105,7 @@ class Execution:
         self.journal = Journal(self.partial)
         self.fingerprint = manifest.plan_fingerprint(plan)
         self.resumed_units = 0
+        self._worker: _UnitWorker | None = None
 
     def run(self, check: Callable[[str], None] | None = None) -> None:
         """Prepare, move, finish, check, commit."""
@@ -217,11 +218,16 @@ class Execution:
         total = self.plan.read_nbytes
         show = self.options.progress
         progress = None if show is None else lambda done: show(done, total)
-        workers.run(units, self._make_work, self.options.crew(total), progress)
+        try:
+            workers.run(units, self._make_work, self.options.crew(total), progress)
+        finally:
+            if self._worker is not None:
+                self._worker.close()
 
     def _make_work(self) -> workers.Work:
         log = self.journal.open_log()
-        return _UnitWorker(self.plan, self.paths, self.options.block_nbytes, log).do
+        self._worker = _UnitWorker(self.plan, self.paths, self.options.block_nbytes, log)
+        return self._worker.do
 
     def _finish(self) -> None:
         """Trailers, small files, manifest; everything durable on request."""
@@ -282,6 +288,12 @@ class _UnitWorker:
             digests.extend(hashers[index].hexdigest() for index in sorted(hashers))
             advance((task.stop - task.start) * (group.component.nbytes // group.component.shape[0]))
         record(self._log, unit, digests)
+
+    def close(self) -> None:
+        """Close every file; only a worker in the caller's own process needs it."""
+        self._reading.close()
+        self._writing.close()
+        os.close(self._log)
 
     def _targets(self, places: Sequence[Place]) -> list[tuple[str, Any]]:
         return [(self._paths[p.file], p.extents) for p in places]

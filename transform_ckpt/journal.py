@@ -62,21 +62,29 @@ class Journal:
         try:
             with open(os.path.join(self.directory, "plan.json"), encoding="utf-8") as stream:
                 found = json.load(stream)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
     def write_plan(self, record: Mapping[str, Any]) -> None:
         """Record the plan that the destination is being filled by; the last step of preparing it."""
         path = os.path.join(self.directory, "plan.json")
-        with open(path + ".tmp", "w", encoding="utf-8") as stream:
-            json.dump(record, stream)
-        os.replace(path + ".tmp", path)
+        try:
+            with open(path + ".tmp", "w", encoding="utf-8") as stream:
+                json.dump(record, stream)
+            os.replace(path + ".tmp", path)
+        except OSError as error:
+            raise storage_error(path, error, "writing the journal") from None
 
     def open_log(self) -> int:
         """Descriptor of this process's own log."""
         path = os.path.join(self.directory, f"units-{os.getpid()}.log")
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise storage_error(path, error, "opening the journal") from None
+        _append(fd, b"\n")  # process numbers come again: an earlier log may end in a torn line
+        return fd
 
     def done(self) -> dict[int, list[str]]:
         """Unit -> digests, of every whole line of every log."""
@@ -89,7 +97,15 @@ class Journal:
 
 def record(fd: int, unit: int, digests: list[str]) -> None:
     """Append one finished unit."""
-    os.write(fd, json.dumps([unit, digests]).encode() + b"\n")
+    _append(fd, json.dumps([unit, digests]).encode() + b"\n")
+
+
+def _append(fd: int, line: bytes) -> None:
+    try:
+        while line:
+            line = line[os.write(fd, line) :]
+    except OSError as error:
+        raise storage_error(os.readlink(f"/proc/self/fd/{fd}"), error, "writing the journal") from None
 
 
 def _read_log(path: str) -> dict[int, list[str]]:
@@ -98,8 +114,8 @@ def _read_log(path: str) -> dict[int, list[str]]:
         for line in stream:
             try:
                 unit, digests = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError, RecursionError):
                 continue
-            if line.endswith(b"\n") and isinstance(unit, int) and isinstance(digests, list):
+            if line.endswith(b"\n") and type(unit) is int and unit >= 0 and isinstance(digests, list):
                 found[unit] = digests
     return found

@@ -2,7 +2,8 @@
 
 A block (`block_nbytes`, small enough for the L2 cache) holds some rows of the logical component.  A source or target
 that spans whole rows is read or written straight from it; one that is cut along inner axes passes through a second
-small buffer.  So a source byte is read once, a target byte is written once, in order, and digested while in cache.
+small buffer, run by run where runs are long (no NumPy, whose import costs more than many conversions), else by NumPy.
+So a source byte is read once, a target byte is written once, in order, and digested while in cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from transform_ckpt.store import Reader, Writer
 from transform_ckpt.views import Shape, row_major
 
 BLOCK_NBYTES = 256 * 1024
+LONG_RUN_NBYTES = 512
+"""From here on copying run by run is as fast as NumPy's strided copy."""
+_MAX_KEPT = 64
 
 Observer = Callable[[int, memoryview], None]
 """Called with (index of the write side, bytes) for every block that is written."""
@@ -50,6 +54,7 @@ class Mover:
         self.block_nbytes = block_nbytes
         self._block = memoryview(bytearray(block_nbytes))
         self._strip = memoryview(bytearray(block_nbytes))
+        self._kept: dict[tuple[Shape, Shape, Shape], list[memoryview]] = {}
 
     def move(
         self,
@@ -113,17 +118,42 @@ class Mover:
         data = block if whole_rows else self._strip[: prod(size)]
         offset = side.offset + (row - side.start[0]) * side.strides[0]
         _read_runs(side.handle, offset, size, side.strides, data)
-        if not whole_rows:
+        if whole_rows:
+            return
+        if side.size[-1] < LONG_RUN_NBYTES:
             _window(block, shape, side)[...] = _array(data).reshape(size)
+            return
+        run, at = side.size[-1], 0
+        for part in self._runs(shape, side):
+            part[:] = data[at : at + run]
+            at += run
 
     def _scattered(self, block: memoryview, shape: Shape, side: _Active, row: int) -> memoryview:
         """The rows of the block that belong to a target, dense."""
         if side.size[1:] == shape[1:]:
             return block
+        if side.size[-1] >= LONG_RUN_NBYTES:
+            return memoryview(b"".join(self._runs(shape, side)))
         size = (shape[0], *side.size[1:])
         data = self._strip[: prod(size)]
         _array(data).reshape(size)[...] = _window(block, shape, side)
         return data
+
+    def _runs(self, shape: Shape, side: _Active) -> list[memoryview]:
+        """The block's dense runs that a side covers, in the side's order; kept, since blocks repeat."""
+        key = (shape, side.start[1:], side.size[1:])
+        found = self._kept.get(key)
+        if found is None:
+            strides = row_major(shape)
+            offsets = [row * strides[0] for row in range(shape[0])]
+            for low, size, stride in zip(side.start[1:-1], side.size[1:-1], strides[1:-1], strict=True):
+                offsets = [base + (low + i) * stride for base in offsets for i in range(size)]
+            low, run = side.start[-1], side.size[-1]
+            found = [self._block[base + low : base + low + run] for base in offsets]
+            if len(self._kept) >= _MAX_KEPT:
+                self._kept.clear()
+            self._kept[key] = found
+        return found
 
 
 def _active(index: int, side: Side, handle: Any) -> _Active:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from transform_ckpt.tensors import FileHeader, Skeleton
 
 NAME = "transform_ckpt.json"
 FORMAT_VERSION = 1
+_PARTS = re.compile(r"(\d{1,19}:[0-9a-f]{32}(,(?!$)|$))*", re.ASCII)
 
 Digests = Mapping[int, Mapping[str, Sequence[tuple[int, str]]]]
 """File number -> stored name -> (nbytes, digest) of each part in order."""
@@ -83,17 +85,40 @@ def content(plan: Plan, fingerprint: str, digests: Digests) -> bytes:
 def read(directory: str) -> Mapping[str, Any] | None:
     """The manifest of a directory, or None where there is none."""
     path = os.path.join(directory, NAME)
+    if not os.path.isfile(path):
+        return None
     try:
         with open(path, encoding="utf-8") as stream:
             found = json.load(stream)
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError:
-        return None
     except OSError as error:
         raise storage_error(path, error, "reading the manifest") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}): the manifest is damaged") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}): the manifest is damaged: fetch it again") from None
     if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path}: not a manifest of version {FORMAT_VERSION}: use the version that wrote it")
+    bad = _first_fault(found)
+    if bad:
+        raise InputError(f"{path}: {bad}: the manifest is damaged: fetch it again")
     return found
+
+
+def _first_fault(found: Mapping[str, Any]) -> str | None:
+    """What is not as `content` writes it."""
+    target, files, small = found.get("target"), found.get("files"), found.get("small_files")
+    if not isinstance(target, dict) or not isinstance(target.get("dropped"), list):
+        return "'target' has no list of what was dropped"
+    if not isinstance(files, dict) or not isinstance(small, dict):
+        return "'files' or 'small_files' is not a map"
+    for name, entry in [*files.items(), *small.items()]:
+        if os.path.isabs(name) or ".." in name.split("/"):
+            return f"the file name {name!r} leaves the directory"
+        if not isinstance(entry, dict) or type(entry.get("nbytes")) is not int:
+            return f"{name!r} has no size"
+        tensors = entry.get("tensors") if name in files else {}
+        texts = [entry.get("header" if name in files else "digest"), *(tensors.values() if isinstance(tensors, dict) else [None])]
+        if not all(isinstance(text, str) for text in texts):
+            return f"{name!r} has no digests"
+        wrong = [key for key, text in tensors.items() if not _PARTS.fullmatch(text)]
+        if wrong:
+            return f"the digest of {wrong[0]!r} in {name!r} is {tensors[wrong[0]]!r:.100}"
+    return None

@@ -241,4 +241,8 @@ def _text(logical: Logical) -> str:
     data = logical.pieces[0].tensor.inline
     if data is None:
         raise InputError(f"the string {logical.name!r} was not read")
-    return data.decode("utf-32-le")
+    try:
+        return data.decode("utf-32-le")
+    except UnicodeDecodeError as error:
+        path = logical.pieces[0].tensor.path
+        raise InputError(f"{path}: {logical.name!r} is not text ({error}): the file is damaged: save it again") from None

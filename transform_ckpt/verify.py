@@ -86,13 +86,16 @@ def _check_file(table: FileTable, path: str, relpath: str, entry: Mapping[str, A
     faults += [f"{relpath}: {name!r} is missing" for name in sorted(wanted.keys() - stored)]
     faults += [f"{relpath}: {name!r} was added" for name in sorted(stored - wanted.keys())]
     for name in sorted(wanted.keys() & stored):
-        at = 0
+        at, tensor = 0, header.tensors[name]
         for part in filter(None, wanted[name].split(",")):
             nbytes, digest = part.split(":")
-            if range_digest(table, path, header.tensors[name].extents, at, int(nbytes)) != digest:
+            at += int(nbytes)
+            if at > tensor.nbytes or range_digest(table, path, tensor.extents, at - int(nbytes), int(nbytes)) != digest:
                 faults.append(f"{relpath}: the bytes of {name!r} are not what was written: the file is damaged")
                 break
-            at += int(nbytes)
+        else:
+            if at != tensor.nbytes:
+                faults.append(f"{relpath}: {manifest.NAME} has digests of {at:,} of the {tensor.nbytes:,} bytes of {name!r}")
     return faults
 
 
@@ -112,6 +115,8 @@ def header_bytes_digest(header: FileHeader) -> str:
 
 
 def _check_small(path: str, relpath: str, entry: Mapping[str, Any]) -> list[str]:
+    if not os.path.isfile(path):
+        return [f"{relpath}: is missing"]
     try:
         with open(path, "rb") as stream:
             data = stream.read()

@@ -15,8 +15,8 @@ import click
 from transform_ckpt.cli.options import human, json_flag
 from transform_ckpt.version import VERSION
 
-NEEDED = ("numpy", "click", "protobuf", "xxhash", "ml_dtypes")
-OPTIONAL = ("mindspore", "mindformers", "torch", "megatron-core", "transformers", "safetensors", "rich")
+NEEDED = ("numpy", "click", "xxhash", "ml_dtypes", "rich")
+OPTIONAL = ("mindspore", "mindformers", "torch", "megatron-core", "transformers", "safetensors")
 BAD_SAFETENSORS = "0.8.0"
 
 

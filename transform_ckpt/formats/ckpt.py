@@ -28,6 +28,7 @@ CRC_MARK = b"crc_num"
 CRC_NBYTES = len(CRC_MARK) + 10
 _ENCRYPTION_MAGIC = {bytes.fromhex(code): mode for code, mode in (("d85e3a7f", "AES-GCM"), ("d95e3a7f", "AES-CBC"))}
 _WINDOW = 4096
+_MAX_NDIM, _MAX_LENGTH = 64, 1 << 63
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -221,8 +222,11 @@ def _tensor(path: str, pieces: Sequence[_Value]) -> Tensor:
         )
     extents = tuple(p.content for p in pieces if p.content is not None)
     nbytes = sum(e.nbytes for e in extents)
-    if dtype.code == dtypes.STRING:
+    if dtype.code == dtypes.STRING and nbytes % 4 == 0:
         return Tensor(head.tag, dtype.code, (), path, extents)
+    if dtype.code == dtypes.STRING or len(head.dims) > _MAX_NDIM or any(n >= _MAX_LENGTH for n in head.dims):
+        dims = f"{head.dims!s:.200}"
+        raise InputError(f"{path}: {head.tag!r} is {head.kind} {dims} with {nbytes:,} bytes: the file is damaged: save it again")
     shape = () if head.dims == [0] and nbytes == dtype.itemsize else tuple(head.dims)
     needed = prod(shape) * dtype.itemsize
     if needed != nbytes:

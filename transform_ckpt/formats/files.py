@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,11 +35,14 @@ def storage_error(path: str, error: OSError, doing: str) -> TransformError:
 def open_binary(path: str, doing: str = "reading the header") -> Iterator[tuple[int, int]]:
     """File descriptor and size in bytes of a regular file, closed afterwards; errors name the file."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for its writer
     except OSError as error:
         raise storage_error(path, error, doing) from None
     try:
-        yield fd, os.fstat(fd).st_size
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path}: is not a regular file but a device, FIFO or directory: give the file itself")
+        yield fd, found.st_size
     except OSError as error:
         raise storage_error(path, error, doing) from None
     finally:

@@ -182,7 +182,7 @@ def read_param_name_map(path: str) -> dict[str, str]:
             content = json.load(stream)
     except OSError as error:
         raise storage_error(path, error, "reading the name map") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}): fetch it again") from None
     weight_map = content.get("weight_map", content) if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):

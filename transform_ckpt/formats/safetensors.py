@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, TypeGuard
 
@@ -23,6 +23,8 @@ from transform_ckpt.tensors import Extent, FileHeader, Skeleton, Tensor, TensorS
 FORMAT = "safetensors"
 SUFFIX = ".safetensors"
 MAX_HEADER_NBYTES = 100_000_000
+MAX_NDIM, MAX_LENGTH = 64, 1 << 63
+"""More dimensions, or longer ones, are damage: NumPy has at most 64."""
 STRINGS_KEY = "transform_ckpt.strings"
 INT4 = "Int4"
 _WRITE_ORDER = "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64".split()
@@ -57,7 +59,7 @@ def _no_duplicates(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_header(path: str, raw: bytes, nbytes: int) -> FileHeader:
     """FileHeader from the JSON bytes of a file of `nbytes` bytes."""
     try:
-        header = json.loads(raw, object_pairs_hook=lambda pairs: _no_duplicates(path, pairs))
+        header = json.loads(raw.decode(), object_pairs_hook=lambda pairs: _no_duplicates(path, pairs))
     except (ValueError, RecursionError) as error:
         raise _fail(path, f"the header is not JSON ({error})") from None
     if not isinstance(header, dict):
@@ -65,26 +67,35 @@ def parse_header(path: str, raw: bytes, nbytes: int) -> FileHeader:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _fail(path, "__metadata__ is not a map of strings")
+    _check_names(path, (*header, *metadata, *metadata.values()))
     data_start = 8 + len(raw)
     tensors = {name: _tensor(path, name, item, data_start, metadata) for name, item in header.items()}
     _check_cover(path, tensors, data_start, nbytes)
     tensors.update(_strings(path, metadata, tensors))
     crc = metadata.get("crc_num")
-    if crc is not None and not crc.isdecimal():
+    if crc is not None and not (crc.isascii() and crc.isdecimal() and len(crc) <= 20):
         raise _fail(path, f"crc_num {crc!r} is not a number")
     return FileHeader(
         path, FORMAT, nbytes, tensors, xxh3(raw), metadata, None if crc is None else int(crc), nbytes - data_start
     )
 
 
+def _check_names(path: str, names: Iterable[str]) -> None:
+    """JSON can escape half a surrogate pair, which no file can hold again."""
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:
+        raise _fail(path, "a name or text of the header is not UTF-8") from None
+
+
 def _tensor(path: str, name: str, item: Any, data_start: int, metadata: Mapping[str, str]) -> Tensor:
     if not isinstance(item, dict):
         raise _fail(path, f"{name!r} has no description")
     code, shape, offsets = item.get("dtype"), item.get("shape"), item.get("data_offsets")
-    if code not in dtypes.BY_CODE or code == dtypes.STRING:
+    if not isinstance(code, str) or code not in dtypes.BY_CODE or code == dtypes.STRING:
         raise InputError(f"{path}: {name!r} has dtype {code!r}, which is unknown here; known: {', '.join(known())}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise _fail(path, f"{name!r} has shape {shape} and data_offsets {offsets}")
+        raise _fail(path, f"{name!r} has shape {shape!s:.200} and data_offsets {offsets!s:.200}")
     begin, end = offsets
     needed = prod(shape) * dtypes.itemsize(code)
     if end - begin != needed:
@@ -95,7 +106,9 @@ def _tensor(path: str, name: str, item: Any, data_start: int, metadata: Mapping[
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    if not isinstance(value, list) or len(value) > MAX_NDIM:
+        return False
+    return all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_LENGTH for n in value)
 
 
 def known() -> list[str]:
@@ -125,7 +138,8 @@ def _strings(path: str, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
     try:
         values = json.loads(metadata[STRINGS_KEY])
         found = {name: value.encode("utf-32-le") for name, value in values.items()}
-    except (ValueError, AttributeError):
+        _check_names(path, found)
+    except (ValueError, AttributeError, RecursionError):
         raise _fail(path, f"metadata {STRINGS_KEY} is not a JSON map of strings") from None
     if not found.keys().isdisjoint(tensors):
         raise _fail(path, f"metadata {STRINGS_KEY} names a tensor of the file")
