@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,25 @@ from transform_ckpt.errors import InputError, UsageError
 from transform_ckpt.execute import RunOptions, check_destination, run
 from transform_ckpt.formats import container_of
 from transform_ckpt.planner import Plan
-from transform_ckpt.source import detect, open_source
+from transform_ckpt.source import CHECKPOINT_2, detect, open_source
 from transform_ckpt.target import TargetOptions, lay_out
 from transform_ckpt.tensors import Source
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Plans are large and without cycles: looking for cycles would cost three times the planning itself."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
 
 StrategyLike = Strategy | str | os.PathLike[str] | None
 
@@ -40,6 +55,7 @@ def open_checkpoint(src: str | os.PathLike[str], strategy: StrategyLike = None, 
     return values.settle(open_source(os.fspath(src), read_strategy(strategy), step))
 
 
+@_no_collection()
 def plan(
     src: str | os.PathLike[str],
     *,
@@ -119,7 +135,7 @@ def verify_output(
     """Open what was written as anyone would and compare it with the source; DifferenceError names what differs."""
     from transform_ckpt.compare import check_output
 
-    described = made.target.format == "mindspore-checkpoint-2.0"
+    described = made.target.format == CHECKPOINT_2
     check_output(made, dst, open_checkpoint(dst, None if described else dst_strategy), progress)
 
 

@@ -12,20 +12,25 @@ from dataclasses import replace
 
 from strategy.layout import Layout, LayoutError, Strategy
 from transform_ckpt.errors import InputError, PlanError, Problems, name_some, rank_ranges
-from transform_ckpt.formats import checkpoint2, mindspore_dir, read_header
+from transform_ckpt.formats import mindspore_dir, read_header
 from transform_ckpt.states import split_optimizer
 from transform_ckpt.tensors import FileHeader, Logical, Piece, Source, Tensor
 from transform_ckpt.views import Box, whole
 
 MINDSPORE = "mindspore"
+CHECKPOINT_2 = "mindspore-checkpoint-2.0"
 
 
 def detect(path: str) -> str:
     """Format code of a checkpoint path; InputError when it is none that is known."""
     if not os.path.exists(path):
         raise InputError(f"{path}: not found: check the path of the checkpoint")
+    if os.path.isfile(path) or mindspore_dir.rank_dirs(path):
+        return MINDSPORE
+    from transform_ckpt.formats import checkpoint2
+
     if checkpoint2.detect(path):
-        return checkpoint2.FORMAT
+        return CHECKPOINT_2
     if mindspore_dir.detect(path):
         return MINDSPORE
     raise InputError(f"{path}: no checkpoint found here: expected rank_i/ directories, .ckpt or .safetensors files")
@@ -34,7 +39,9 @@ def detect(path: str) -> str:
 def open_source(path: str, strategy: Strategy | None = None, step: int | None = None) -> Source:
     """Headers of every file, checked against the strategy; `strategy` None means complete weights."""
     path = os.path.abspath(path)
-    if detect(path) == checkpoint2.FORMAT:
+    if detect(path) == CHECKPOINT_2:
+        from transform_ckpt.formats import checkpoint2
+
         if strategy is not None:
             raise InputError(f"{path}: a Checkpoint 2.0 directory describes its own layout: drop the source strategy")
         return checkpoint2.read(path, step)
@@ -46,6 +53,8 @@ def open_source(path: str, strategy: Strategy | None = None, step: int | None = 
         source = _complete(path, files, headers)
     else:
         source = _distributed(path, files, headers, strategy)
+    if not source.params and not source.states:
+        raise InputError(f"{path}: holds no tensor ({len(source.headers)} files without any): fetch or save it again")
     return replace(source, step=files.step, notes=(*files.notes, *source.notes))
 
 
@@ -130,6 +139,7 @@ class _RankReader:
     def params(self) -> dict[str, Logical]:
         problems = Problems()
         found: dict[str, Logical] = {}
+        astray: list[str] = []
         cache: dict[tuple[Layout, tuple[int, ...]], tuple[Box, ...]] = {}
         for name, ranks in self.holders.items():
             laid_out = [
@@ -145,10 +155,16 @@ class _RankReader:
                 problems.add(str(error))
             strays = sorted(set(ranks) - {rank for rank, _ in laid_out})
             if strays:
+                astray.append(name)
                 self.notes.append(
                     f"{name!r} in the files of ranks {rank_ranges(strays)} is in no layout of their stage"
                 )
         problems.raise_if_any(InputError)
+        if 2 * len(astray) > len(found):
+            raise InputError(
+                f"{self.path}: {len(astray)} of {len(found)} tensors are in files of ranks whose stage does not list them "
+                f"({name_some(astray)}): {self.strategy.origin} is not the strategy of this checkpoint"
+            )
         self._check_optimizer_shapes(found)
         self._check_listed(found)
         return found
@@ -202,6 +218,8 @@ class _RankReader:
         for name in self.strategy.names:
             listed.setdefault(_pattern(name), []).append(name)
         problems = Problems()
+        lacking: list[str] = []
+        whole_kinds = 0
         for names in listed.values():
             missing = [n for n in names if n not in params]
             if missing and len(missing) < len(names):
@@ -211,6 +229,22 @@ class _RankReader:
                     f"{self.path}: no file holds {name_some(missing)}, though {len(names) - len(missing)} other "
                     f"tensors of the same kind are there: look for missing or truncated files of ranks {ranks}"
                 )
+            elif missing and not split_optimizer(names[0])[0]:
+                lacking += missing
+                whole_kinds += len(names) > 1
+        if lacking and not params:
+            raise InputError(
+                f"{self.path}: no file holds any tensor of {self.strategy.origin} ({name_some(lacking)}): it is the strategy "
+                "of another model, or the files are truncated"
+            )
+        if lacking and not whole_kinds:
+            stages = sorted({s for n in lacking for s in self.strategy.names[n]})
+            problems.add(
+                f"{self.path}: no file holds {name_some(lacking)} of {self.strategy.origin}, though every layer is there: "
+                f"look for missing or truncated files of ranks {rank_ranges(r for s in stages for r in self.strategy.ranks(s))}"
+            )
+        elif lacking:
+            self.notes.append(f"{len(lacking)} parameters of the source strategy have no tensor: {name_some(lacking)}")
         problems.raise_if_any(PlanError)
 
     def states(self, params: Iterable[str]) -> dict[str, Logical]:

@@ -95,7 +95,9 @@ def _check_file(table: FileTable, path: str, relpath: str, entry: Mapping[str, A
                 break
         else:
             if at != tensor.nbytes:
-                faults.append(f"{relpath}: {manifest.NAME} has digests of {at:,} of the {tensor.nbytes:,} bytes of {name!r}")
+                faults.append(
+                    f"{relpath}: {manifest.NAME} has digests of {at:,} of the {tensor.nbytes:,} bytes of {name!r}"
+                )
     return faults
 
 

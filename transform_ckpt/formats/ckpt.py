@@ -226,7 +226,9 @@ def _tensor(path: str, pieces: Sequence[_Value]) -> Tensor:
         return Tensor(head.tag, dtype.code, (), path, extents)
     if dtype.code == dtypes.STRING or len(head.dims) > _MAX_NDIM or any(n >= _MAX_LENGTH for n in head.dims):
         dims = f"{head.dims!s:.200}"
-        raise InputError(f"{path}: {head.tag!r} is {head.kind} {dims} with {nbytes:,} bytes: the file is damaged: save it again")
+        raise InputError(
+            f"{path}: {head.tag!r} is {head.kind} {dims} with {nbytes:,} bytes: the file is damaged: save it again"
+        )
     shape = () if head.dims == [0] and nbytes == dtype.itemsize else tuple(head.dims)
     needed = prod(shape) * dtype.itemsize
     if needed != nbytes:
