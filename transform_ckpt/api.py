@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategy.layout import Strategy
 from transform_ckpt import planner, values
-from transform_ckpt.errors import InputError, UsageError
+from transform_ckpt.errors import DifferenceError, InputError, PlanError, UsageError
 from transform_ckpt.execute import RunOptions, check_destination, run
 from transform_ckpt.formats import container_of
 from transform_ckpt.planner import Plan
@@ -125,7 +125,13 @@ def convert(
 
     job = run(made, os.fspath(dst), options, check if verify else None)
     return Result(
-        job.dst, len(made.target.files), made.write_nbytes, made.read_nbytes, job.resumed_units, verify, made.notes
+        job.dst,
+        len(made.target.files),
+        made.write_nbytes,
+        made.read_nbytes,
+        job.resumed_units,
+        verify,
+        (*made.notes, *job.notes),
     )
 
 
@@ -136,7 +142,11 @@ def verify_output(
     from transform_ckpt.compare import check_output
 
     described = made.target.format == CHECKPOINT_2
-    check_output(made, dst, open_checkpoint(dst, None if described else dst_strategy), progress)
+    try:
+        reopened = open_checkpoint(dst, None if described else dst_strategy)
+    except (InputError, PlanError) as error:
+        raise DifferenceError(f"{dst}: 1 differences from the source: it cannot be read again: {error}") from None
+    check_output(made, dst, reopened, progress)
 
 
 def load(
@@ -154,7 +164,7 @@ def load(
     Arrays are C-ordered NumPy arrays that own their memory; bfloat16 and float8 have ml_dtypes types.  Only the bytes
     that the rank needs are read, one parameter at a time.
     """
-    from transform_ckpt.load import load_rank
+    from transform_ckpt.memory import load_rank
 
     target = read_strategy(dst_strategy)
     world = target.world if target else 1

@@ -66,6 +66,8 @@ def _move_in(plan: Plan, part: str, dst: str, ranks: Sequence[int]) -> bool:
             shutil.rmtree(target)
         os.rename(os.path.join(part, folder), target)
     found = manifest.read(part) or {}
+    if os.path.lexists(os.path.join(dst, manifest.NAME)):  # of an earlier run, which this one replaces part by part
+        os.unlink(os.path.join(dst, manifest.NAME))
     with open(os.path.join(dst, f"{manifest.NAME}.rank_{ranks[0]}"), "w", encoding="utf-8") as stream:
         json.dump(found, stream)
     shutil.rmtree(part)

@@ -36,6 +36,7 @@ _TABLE = (
     DType("F16", 2, "Float16", "float16"),
     DType("F32", 4, "Float32", "float32"),
     DType("F64", 8, "Float64", "float64"),
+    DType("C64", 8, "Complex64", "complex64"),
     DType("BF16", 2, "BFloat16", "bfloat16"),
     DType("F8_E4M3", 1, "Float8E4M3FN", "float8_e4m3fn"),
     DType("F8_E5M2", 1, "Float8E5M2", "float8_e5m2"),

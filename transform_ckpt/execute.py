@@ -23,7 +23,7 @@ from transform_ckpt.kernels import BLOCK_NBYTES, Mover
 from transform_ckpt.planner import Place, Plan
 from transform_ckpt.preallocate import preallocate
 from transform_ckpt.store import FileTable, PlaceWriter, TensorReader, read_fully, write_fully
-from transform_ckpt.tensors import FileHeader, TargetFile
+from transform_ckpt.tensors import FileHeader, TargetFile, Tensor
 
 SMALL_NBYTES = 8 * 1024 * 1024
 """Less than this is not worth a process."""
@@ -60,10 +60,20 @@ class RunOptions:
 
 def check_destination(dst: str, *, overwrite: bool) -> None:
     """UsageError when DST holds something that may not be replaced."""
+    if not dst:
+        raise UsageError("the destination is empty: name a directory")
     if not os.path.lexists(dst):
+        above = os.path.dirname(os.path.abspath(dst))
+        while not os.path.lexists(above):
+            above = os.path.dirname(above)
+        if not os.path.isdir(above):
+            raise UsageError(f"{dst}: cannot be made, {above} is not a directory: choose another destination")
         return
     if not os.path.isdir(dst):
-        raise UsageError(f"{dst}: is a file; the destination must be a directory: choose another")
+        kind = "a symbolic link to nothing" if os.path.islink(dst) and not os.path.exists(dst) else "a file"
+        raise UsageError(f"{dst}: is {kind}; the destination must be a directory: choose another")
+    if os.path.ismount(os.path.realpath(dst)):
+        raise UsageError(f"{dst}: is a mount point, which cannot be replaced by the output: name a directory below it")
     try:
         occupied = os.listdir(dst)
     except OSError as error:
@@ -99,22 +109,26 @@ class Execution:
 
     def __init__(self, plan: Plan, dst: str, options: RunOptions) -> None:
         self.plan, self.options = plan, options
-        self.dst = os.path.abspath(dst)
+        self.dst = os.path.realpath(dst) if os.path.islink(dst.rstrip("/")) else os.path.abspath(dst)
         self.partial = self.dst + ".partial"
         self.paths = [os.path.join(self.partial, f.relpath) for f in plan.target.files]
         self.journal = Journal(self.partial)
         self.fingerprint = manifest.plan_fingerprint(plan)
         self.resumed_units = 0
+        self.notes: list[str] = []
+        self._stamped: list[list[int]] = []
         self._worker: _UnitWorker | None = None
 
     def run(self, check: Callable[[str], None] | None = None) -> None:
         """Prepare, move, finish, check, commit."""
         check_destination(self.dst, overwrite=self.options.overwrite)
-        _check_not_inside(self.plan.source.root, self.dst)
+        for src in (self.plan.source.root, *(header.path for header in self.plan.source.headers)):
+            _check_not_inside(src, self.dst)
+            _check_not_inside(src, self.partial)
         check_crcs(self.plan.source.headers, self.options)
         self._enter()
         try:
-            check_destination(self.dst, overwrite=self.options.overwrite)
+            self._check_still_free()
             done = self._prepare()
             self._move([u for u in range(len(self.plan.units)) if u not in done])
             self._finish()
@@ -124,20 +138,40 @@ class Execution:
         finally:
             self.journal.unlock()
 
+    def _check_still_free(self) -> None:
+        """Another run may have finished since; then nothing of ours stays."""
+        try:
+            check_destination(self.dst, overwrite=self.options.overwrite)
+        except UsageError:
+            if os.listdir(self.partial) == [os.path.basename(self.journal.directory)] and not self.journal.read_plan():
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+
     def _enter(self) -> None:
         """Take DST.partial, which must be ours or not there."""
+        self._tidy_interrupted_commit()
         foreign = os.path.lexists(self.partial) and not self.journal.exists
         if foreign and (not os.path.isdir(self.partial) or os.listdir(self.partial)):
             raise UsageError(f"{self.partial}: is in the way and not a partial output of ours: move it away")
         try:
             os.makedirs(self.partial, exist_ok=True)
+        except FileNotFoundError as error:  # /proc and the like: not the source is at fault
+            raise StorageError(f"{self.partial}: cannot be created: {error.strerror}: choose another place") from None
         except OSError as error:
             raise storage_error(self.partial, error, "creating the destination") from None
         self.journal.lock()
 
+    def _tidy_interrupted_commit(self) -> None:
+        """A run that was killed right after the names were exchanged: DST is new and whole, DST.partial the old one."""
+        left = os.path.join(self.dst, os.path.basename(self.journal.directory))
+        if os.path.isdir(left) and os.listdir(left) in ([], ["lock"]):
+            if os.path.isdir(self.partial) and not self.journal.exists:
+                os.rename(self.partial, unused_name(self.dst + ".replaced"))
+            shutil.rmtree(left, ignore_errors=True)
+
     def _prepare(self) -> dict[int, list[str]]:
         """Files with headers and their full size; units that an earlier run finished."""
-        stamps = _stamps(self.plan)
+        stamps = self._stamped = _stamps(self.plan)
         found = self.journal.read_plan()
         if found is not None and self.options.resume:
             if (found.get("plan"), found.get("stamps")) == (self.fingerprint, stamps):
@@ -235,6 +269,8 @@ class Execution:
         missing = [u for u in range(len(self.plan.units)) if u not in done]
         if missing:
             raise StorageError(f"{self.journal.directory}: {len(missing)} units are not recorded: run again")
+        if _stamps(self.plan) != self._stamped:
+            raise StorageError(f"{self.plan.source.root}: was changed while it was read: run again with --no-resume")
         for path, file in zip(self.paths, self.plan.target.files, strict=True):
             write_crc(path, file)
         for small in self.plan.target.small:
@@ -247,16 +283,55 @@ class Execution:
 
     def _commit(self) -> None:
         """DST.partial becomes DST; an old DST leaves only now."""
-        old = self.dst + ".replaced"
         try:
-            shutil.rmtree(self.journal.directory)
-            if os.path.isdir(self.dst) and os.listdir(self.dst):
-                shutil.rmtree(old, ignore_errors=True)
-                os.rename(self.dst, old)
-            os.rename(self.partial, self.dst)
-            shutil.rmtree(old, ignore_errors=True)
+            self.journal.retire()
+            left = _give_name(self.partial, self.dst)
+            shutil.rmtree(os.path.join(self.dst, os.path.basename(self.journal.directory)))
         except OSError as error:
             raise storage_error(self.dst, error, "giving the output its final name") from None
+        if left is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            if os.path.lexists(left):
+                self.notes.append(f"{left}: the old output, which this user may not delete")
+
+
+def _give_name(path: str, dst: str) -> str | None:
+    """Rename a directory over `dst`, in one step where the kernel can; returns where a full old `dst` is now."""
+    if not os.path.isdir(dst) or not os.listdir(dst):
+        os.rename(path, dst)
+        return None
+    old = unused_name(dst + ".replaced")
+    if _exchange(path, dst):
+        os.rename(path, old)
+        return old
+    os.rename(dst, old)
+    try:
+        os.rename(path, dst)
+    except OSError:
+        os.rename(old, dst)
+        raise
+    return old
+
+
+def unused_name(path: str) -> str:
+    """`path`, or with a number where something is there already."""
+    found, number = path, 1
+    while os.path.lexists(found):
+        number += 1
+        found = f"{path}.{number}"
+    return found
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Swap two names by renameat2(2): there is no moment without a `dst`.  False where that is not possible."""
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(function(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
 class _UnitWorker:
@@ -358,9 +433,7 @@ def check_crc(header: FileHeader) -> None:
         if header.format == safetensors.FORMAT:
             found = 0
             for name in sorted(n for n, t in header.tensors.items() if t.inline is None):
-                found = zlib.crc32(name.encode(), found)
-                extent = header.tensors[name].extents[0]
-                found = crc32_of(fd, header.path, extent.offset_bytes, extent.nbytes, found)
+                found = _tensor_crc32(fd, header.tensors[name], zlib.crc32(name.encode(), found))
         else:
             found = crc32_of(fd, header.path, 0, header.crc_nbytes)
     finally:
@@ -370,6 +443,18 @@ def check_crc(header: FileHeader) -> None:
             f"{header.path}: its crc_check value is {header.crc32}, its bytes give {found}: the file is damaged: "
             "fetch or save it again"
         )
+
+
+def _tensor_crc32(fd: int, tensor: Tensor, crc: int) -> int:
+    """As MindSpore computes it, by Python's bytes(array): for an integer n of shape () that is n zeros."""
+    extent = tensor.extents[0]
+    if tensor.shape or tensor.dtype[0] not in "IU":
+        return crc32_of(fd, tensor.path, extent.offset_bytes, extent.nbytes, crc)
+    left = int.from_bytes(os.pread(fd, extent.nbytes, extent.offset_bytes), "little")
+    while 0 < left < 1 << 40:  # MindSpore could not have held more
+        crc = zlib.crc32(bytes(min(left, 1 << 20)), crc)
+        left -= min(left, 1 << 20)
+    return crc
 
 
 def _stamps(plan: Plan) -> list[list[int]]:

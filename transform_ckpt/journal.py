@@ -51,6 +51,12 @@ class Journal:
             )
         self._lock = fd
 
+    def retire(self) -> None:
+        """Forget everything but the lock, which keeps others out until the output has its name."""
+        names = [name for name in os.listdir(self.directory) if name != "lock"]
+        for name in sorted(names, key=lambda n: n == "plan.json"):
+            os.unlink(os.path.join(self.directory, name))
+
     def unlock(self) -> None:
         """Let others in."""
         if self._lock is not None:

@@ -115,10 +115,9 @@ def _first_fault(found: Mapping[str, Any]) -> str | None:
         if not isinstance(entry, dict) or type(entry.get("nbytes")) is not int:
             return f"{name!r} has no size"
         tensors = entry.get("tensors") if name in files else {}
-        texts = [
-            entry.get("header" if name in files else "digest"),
-            *(tensors.values() if isinstance(tensors, dict) else [None]),
-        ]
+        if not isinstance(tensors, dict):
+            return f"{name!r} has no digests"
+        texts = [entry.get("header" if name in files else "digest"), *tensors.values()]
         if not all(isinstance(text, str) for text in texts):
             return f"{name!r} has no digests"
         wrong = [key for key, text in tensors.items() if not _PARTS.fullmatch(text)]

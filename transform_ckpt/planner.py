@@ -111,6 +111,7 @@ def build(source: Source, target: Target) -> Plan:
     logical = {**source.states, **source.params}
     patterns: dict[tuple[Shape, int, tuple[Box, ...], tuple[Box, ...]], tuple[_Part, ...]] = {}
     problems = Problems()
+    incomplete: dict[str, list[tuple[str, str]]] = {}
     groups: list[Group] = []
     replicas = 0
     for name, places in wanted.items():
@@ -124,9 +125,10 @@ def build(source: Source, target: Target) -> Plan:
         key = (parameter.shape, _element_nbytes(parameter), sources, targets)
         if key not in patterns:
             patterns[key] = _pattern(*key)
-        missing = _missing(parameter, patterns[key])
-        if missing:
-            problems.add(missing)
+        fault = next((part.fault for part in patterns[key] if part.fault), None)
+        if fault:
+            ranks = rank_ranges({piece.rank for piece in parameter.pieces})
+            incomplete.setdefault(ranks, []).append((name, fault))
             continue
         groups.extend(
             Group(
@@ -137,6 +139,10 @@ def build(source: Source, target: Target) -> Plan:
             )
             for part in patterns[key]
         )
+    for ranks, found in incomplete.items():
+        problems.add(_describe_incomplete(ranks, found))
+    if problems.messages:
+        problems.messages[:0] = source.notes  # they name the directories that are absent or empty
     problems.raise_if_any(PlanError)
     groups.sort(key=lambda g: min((p.file for w in g.writes for p in w), default=0))
     return Plan(source, target, tuple(groups), tuple(_units(groups)), replicas, (*source.notes, *target.notes))
@@ -160,14 +166,12 @@ def _wanted(target: Target) -> dict[str, dict[Box, list[Place]]]:
     return found
 
 
-def _missing(parameter: Logical, parts: Sequence[_Part]) -> str | None:
-    fault = next((part.fault for part in parts if part.fault), None)
-    if fault is None:
-        return None
-    ranks = rank_ranges({piece.rank for piece in parameter.pieces})
+def _describe_incomplete(ranks: str, found: Sequence[tuple[str, str]]) -> str:
+    name, fault = found[0]
+    several = "is not whole" if len(found) == 1 else f"and {len(found) - 1} more tensors are not whole"
     return (
-        f"{parameter.name!r} {list(parameter.shape)}: {fault}: the files of ranks {ranks} hold only a part of it, "
-        "nobody holds the rest: find the missing or truncated rank files"
+        f"{name!r} {several}: {fault}; the files of ranks {ranks} hold only a part, nobody holds the rest: "
+        "find the missing or truncated rank files, or the strategy that the checkpoint was saved with"
     )
 
 

@@ -25,6 +25,8 @@ def detect(path: str) -> str:
     """Format code of a checkpoint path; InputError when it is none that is known."""
     if not os.path.exists(path):
         raise InputError(f"{path}: not found: check the path of the checkpoint")
+    if not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(f"{path}: is neither a file nor a directory: give the checkpoint itself")
     if os.path.isfile(path) or mindspore_dir.rank_dirs(path):
         return MINDSPORE
     from transform_ckpt.formats import checkpoint2
@@ -234,14 +236,15 @@ class _RankReader:
                 whole_kinds += len(names) > 1
         if lacking and not params:
             raise InputError(
-                f"{self.path}: no file holds any tensor of {self.strategy.origin} ({name_some(lacking)}): it is the strategy "
-                "of another model, or the files are truncated"
+                f"{self.path}: no file holds any tensor of {self.strategy.origin} ({name_some(lacking)}): it is the "
+                "strategy of another model, or the files are truncated"
             )
         if lacking and not whole_kinds:
             stages = sorted({s for n in lacking for s in self.strategy.names[n]})
+            ranks = rank_ranges(r for s in stages for r in self.strategy.ranks(s))
             problems.add(
-                f"{self.path}: no file holds {name_some(lacking)} of {self.strategy.origin}, though every layer is there: "
-                f"look for missing or truncated files of ranks {rank_ranges(r for s in stages for r in self.strategy.ranks(s))}"
+                f"{self.path}: no file holds {name_some(lacking)} of {self.strategy.origin}, though every layer is "
+                f"there: look for missing or truncated files of ranks {ranks}"
             )
         elif lacking:
             self.notes.append(f"{len(lacking)} parameters of the source strategy have no tensor: {name_some(lacking)}")
@@ -287,7 +290,9 @@ class _RankReader:
         problems.raise_if_any(PlanError)
         absent = [rank for rank in range(self.strategy.world) if rank not in self.tensors]
         if absent:
-            self.notes.append(f"rank directories {rank_ranges(absent)} are absent; others hold what they hold")
+            self.notes.append(
+                f"rank directories {rank_ranges(absent)} are absent or empty: others must hold what they held"
+            )
 
 
 def _pattern(name: str) -> str:

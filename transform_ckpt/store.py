@@ -5,6 +5,7 @@ The only module besides execute.py and the format readers that opens tensor file
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -46,10 +47,14 @@ class FileTable:
             return found
         while len(self._open) >= self._limit:
             os.close(self._open.popitem(last=False)[1])
-        try:
-            fd = os.open(path, self._flags)
-        except OSError as error:
-            raise storage_error(path, error, "opening the file") from None
+        while True:
+            try:
+                fd = os.open(path, self._flags)
+                break
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._open:
+                    raise storage_error(path, error, "opening the file") from None
+            os.close(self._open.popitem(last=False)[1])
         self._open[path] = fd
         return fd
 

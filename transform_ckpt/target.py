@@ -75,7 +75,16 @@ def lay_out(source: Source, strategy: Strategy | None, options: TargetOptions) -
     for placement in placements:
         by_rank[placement.rank].append(placement)
     files = tuple(_rank_file(rank, found, options) for rank, found in by_rank.items())
-    return Target("mindspore", files, (), chosen.dropped, chosen.notes)
+    notes = (*chosen.notes, *_unreadable(chosen, options))
+    return Target("mindspore", files, (), chosen.dropped, notes)
+
+
+def _unreadable(chosen: _Chosen, options: TargetOptions) -> list[str]:
+    """What a .ckpt holds and mindspore.load_checkpoint (2.9.0) cannot give back: it takes dims [0] for a scalar."""
+    empty = [n for n, p in (*chosen.params.items(), *chosen.states.items()) if p.shape == (0,)]
+    if not empty or options.container != "ckpt":
+        return []
+    return [f"MindSpore reads empty tensors of a .ckpt as scalars: {name_some(empty)}: --format safetensors keeps them"]
 
 
 def _checkpoint2(source: Source, placements: Sequence[Placement], chosen: _Chosen, options: TargetOptions) -> Target:
@@ -83,6 +92,7 @@ def _checkpoint2(source: Source, placements: Sequence[Placement], chosen: _Chose
     from transform_ckpt.formats import checkpoint2
 
     scalars: dict[str, int | float | bool | str] = {}
+    unwritable: list[str] = []
     kept = dict(chosen.params)
     placed = [(p.rank, p.logical.name, p.box) for p in placements]
     for name, state in (
@@ -90,7 +100,9 @@ def _checkpoint2(source: Source, placements: Sequence[Placement], chosen: _Chose
     ).items():
         value = state.pieces[0].tensor.inline
         decoded = None if value is None else dtypes.decode(state.dtype, value)
-        if name in checkpoint2.COMMON_FIELDS and isinstance(decoded, int | float | bool | str):
+        if state.dtype == dtypes.STRING:
+            unwritable.append(name)
+        elif name in checkpoint2.COMMON_FIELDS and isinstance(decoded, int | float | bool | str):
             scalars[name] = decoded
             kept.pop(name, None)
             placed = [p for p in placed if p[1] != name]
@@ -105,7 +117,12 @@ def _checkpoint2(source: Source, placements: Sequence[Placement], chosen: _Chose
         "" if options.prefix == DEFAULT_PREFIX else options.prefix,
         source.step if source.step is not None else int(step),
     )
-    return replace(found, dropped=(*found.dropped, *chosen.dropped), notes=(*found.notes, *chosen.notes))
+    notes = [f"Checkpoint 2.0 holds no strings, left out: {name_some(unwritable)}"] if unwritable else []
+    return replace(
+        found,
+        dropped=(*found.dropped, *chosen.dropped, *unwritable),
+        notes=(*found.notes, *chosen.notes, *notes),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +162,7 @@ def _choose(source: Source, strategy: Strategy | None, options: TargetOptions) -
             params[name] = logical
         elif carries(logical):
             states[name] = logical
-        elif listed or strategy is None or len(logical.shape) > 1 or split_optimizer(name)[0]:
+        elif listed or strategy is None or len(logical.shape) > 1 or _is_weight(name):
             unlisted.append(name)
         else:
             carried.append(name)
@@ -157,6 +174,11 @@ def _choose(source: Source, strategy: Strategy | None, options: TargetOptions) -
         if lacking:
             notes.append(f"{len(lacking)} parameters of the destination strategy have no tensor: {name_some(lacking)}")
     return _Chosen(params, states, tuple(dropped), tuple(notes))
+
+
+def _is_weight(name: str) -> bool:
+    """Does the name say that a strategy should list it?"""
+    return bool(split_optimizer(name)[0]) or name.endswith((".weight", ".bias"))
 
 
 def _refuse(homeless: Sequence[str], unlisted: Sequence[str], strategy: Strategy | None) -> None:

@@ -93,30 +93,34 @@ def _part(table: FileTable, tensor: Tensor, at: int, nbytes: int) -> bytes:
 
 
 def _check_samples(table: FileTable, source: Source, problems: Problems) -> None:
-    """Does the strategy fit the bytes?  Ranks that should hold one slice must not hold unrelated numbers, and ranks
-    that should hold different slices must not all hold the same; shapes cannot tell."""
+    """Does the strategy fit the bytes?  Shapes cannot tell.
+
+    Ranks that should hold one slice must not hold unrelated numbers, and a rank that should hold slices of its own must
+    not hold what another rank holds.
+    """
     stages: dict[tuple[int, ...], dict[tuple[int, ...], Logical]] = {}
     for logical in source.params.values():
         least = min(piece.tensor.nbytes for piece in logical.pieces)
-        if len(logical.pieces) > 1 and logical.dtype in _FLOATS and least >= SAMPLE_MIN_NBYTES:
-            if not split_optimizer(logical.name)[0]:
-                ranks = tuple(piece.rank for piece in logical.pieces)
-                stages.setdefault(ranks, {}).setdefault(logical.shape, logical)
+        weight = logical.dtype in _FLOATS and not split_optimizer(logical.name)[0]
+        if weight and len(logical.pieces) > 1 and least >= SAMPLE_MIN_NBYTES:
+            ranks = tuple(piece.rank for piece in logical.pieces)
+            stages.setdefault(ranks, {}).setdefault(logical.shape, logical)
     for ranks, by_shape in stages.items():
         chosen = sorted(by_shape.values(), key=lambda p: -p.pieces[0].tensor.nbytes)[:SAMPLED_TENSORS]
         found = [sample for logical in chosen if (sample := _Sample(table, logical)).informative]
         unlike = [text for sample in found for text in sample.unlike]
         if 2 * len(unlike) > sum(sample.replicas for sample in found):
             problems.add(
-                f"{source.root}: {unlike[0]}, which the source strategy says is one slice, but their bytes are unrelated: "
-                f"it is not the strategy of this checkpoint (ranks {rank_ranges(ranks)})"
+                f"{source.root}: {unlike[0]}, which the source strategy says is one slice, but their bytes are "
+                f"unrelated: it is not the strategy of this checkpoint (ranks {rank_ranges(ranks)})"
             )
         split = [sample for sample in found if len(sample.boxes) > 1]
         for rank in ranks if len(split) > 1 else ():
             if all(rank in sample.twins for sample in split):
+                names = name_some(sample.name for sample in split)
                 problems.add(
-                    f"{source.root}: ranks {split[0].twins[rank]} and {rank} hold equal bytes of {name_some(s.name for s in split)}, "
-                    "which the source strategy says are different slices: it is not the strategy of this checkpoint"
+                    f"{source.root}: ranks {split[0].twins[rank]} and {rank} hold equal bytes of {names}, which "
+                    "the source strategy says are different slices: it is not the strategy of this checkpoint"
                 )
                 break
 
@@ -130,7 +134,7 @@ class _Sample:
         self.unlike: list[str] = []
         self.twins: dict[int, int] = {}
         width = dtypes.itemsize(logical.dtype)
-        nbytes = min(SAMPLE_NBYTES, min(piece.tensor.nbytes for piece in logical.pieces))
+        nbytes = min(SAMPLE_NBYTES, *(piece.tensor.nbytes for piece in logical.pieces))
         nbytes -= nbytes % width
         seen: dict[bytes, tuple[int, Box]] = {}
         self.informative = False

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from transform_ckpt import errors
-from transform_ckpt.errors import PartialError, TransformError
+from transform_ckpt.errors import PartialError, StorageError, TransformError
 
 Progress = Callable[[int], None]
 """Called with the bytes done so far."""
@@ -27,8 +27,8 @@ Work = Callable[[int, Callable[[int], None]], None]
 
 _INDEX = struct.Struct("<I")
 _COUNT = struct.Struct("<Q")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 0.1
-_MESSAGE_LIMIT = 3500
 
 
 def run(units: Sequence[int], make_work: Callable[[], Work], workers: int, progress: Progress | None) -> None:
@@ -64,30 +64,33 @@ class _Crew:
         self._pids: dict[int, int] = {}
         self._deaths: list[str] = []
         self._failure: TransformError | None = None
+        self._unit_in = -1
 
     def run(self) -> None:
-        unit_out, unit_in = os.pipe()
+        unit_out, self._unit_in = os.pipe()
         error_out, error_in = os.pipe()
         try:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
             parent = os.getpid()
             for slot in range(self._workers):
-                pid = os.fork()
+                pid = self._fork(slot)
+                if pid is None:
+                    break
                 if pid == 0:
-                    os.close(unit_in)
+                    os.close(self._unit_in)
                     os.close(error_out)
                     _child(slot, parent, self._make_work, unit_out, error_in, self._done)
-                self._pids[pid] = slot
             os.close(unit_out)
             os.close(error_in)
             unit_out = error_in = -1
-            os.set_blocking(unit_in, False)
-            self._feed(unit_in, error_out)
-            unit_in = -1
+            os.set_blocking(self._unit_in, False)
+            self._feed(error_out)
         finally:
             self._stop()
-            for fd in (unit_out, unit_in, error_out, error_in):
+            self._close_units()
+            for fd in (unit_out, error_out, error_in):
                 if fd >= 0:
                     os.close(fd)
         if self._failure is not None:
@@ -97,16 +100,36 @@ class _Crew:
                 f"{'; '.join(self._deaths)}; what is done is recorded: run the same command again to continue"
             )
 
-    def _feed(self, unit_in: int, error_out: int) -> None:
+    def _fork(self, slot: int) -> int | None:
+        """fork(2), or None where no more processes are allowed and there are some already.
+
+        Signals wait meanwhile: in the child they must not meet the parent's handlers.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        pid: int | None = None
+        try:
+            pid = os.fork()
+        except OSError as error:
+            if not self._pids:
+                raise StorageError(f"no worker process can be started: {error.strerror}: try --workers 1") from None
+        finally:
+            if pid:
+                self._pids[pid] = slot
+            if pid != 0:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        return pid
+
+    def _feed(self, error_out: int) -> None:
         """Until every worker has ended: keep the unit pipe full, collect errors, show progress."""
-        at, writing, pending = 0, True, b""
+        at, pending = 0, b""
         while self._pids or not pending.endswith(b"\0"):
-            ready, writable, _ = select.select([error_out], [unit_in] if writing else [], [], _POLL_SECONDS)
+            ready, writable, _ = select.select(
+                [error_out], [self._unit_in] if self._unit_in >= 0 else [], [], _POLL_SECONDS
+            )
             if writable:
-                at = self._write(unit_in, at)
+                at = self._write(at)
                 if at >= len(self._queue):
-                    os.close(unit_in)
-                    writing = False
+                    self._close_units()
             if ready:
                 data = os.read(error_out, 65536)
                 if not data:
@@ -120,17 +143,21 @@ class _Crew:
             self._reap(block=False)
             if self._failure is not None:
                 break
-        if writing:
-            os.close(unit_in)
+        self._close_units()
         if self._failure is None:
             self._reap(block=True)
         if self._progress is not None and self._failure is None:
             self._progress(self._total())
 
-    def _write(self, unit_in: int, at: int) -> int:
+    def _close_units(self) -> None:
+        fd, self._unit_in = self._unit_in, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _write(self, at: int) -> int:
         try:
             # whole records of 4 bytes: a pipe keeps writes of at most PIPE_BUF together
-            return at + os.write(unit_in, self._queue[at : at + select.PIPE_BUF])
+            return at + os.write(self._unit_in, self._queue[at : at + select.PIPE_BUF])
         except BlockingIOError:
             return at
         except BrokenPipeError:
@@ -176,18 +203,27 @@ def _child(
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         _work_loop(slot, parent, make_work(), unit_out, done)
         code = 0
     except TransformError as error:
-        record = {"kind": type(error).__name__, "message": str(error)[:_MESSAGE_LIMIT]}
-        os.write(error_in, json.dumps(record).encode()[: select.PIPE_BUF - 1] + b"\n")
+        _send(error_in, type(error).__name__, str(error))
         code = 0
-    except BaseException:  # noqa: BLE001 - the last line of defence of a process of our own
+    except BaseException as error:  # noqa: BLE001 - the last line of defence of a process of our own
         import traceback
 
         traceback.print_exc()
+        _send(error_in, TransformError.__name__, f"internal error in worker {slot}: {type(error).__name__}: {error}")
+        code = 0
     finally:
         os._exit(code)
+
+
+def _send(error_in: int, kind: str, message: str) -> None:
+    """One line, short enough that lines of several workers do not mix."""
+    while len(line := json.dumps({"kind": kind, "message": message}).encode() + b"\n") > select.PIPE_BUF:
+        message = message[: len(message) // 2]
+    os.write(error_in, line)
 
 
 def _work_loop(slot: int, parent: int, work: Work, unit_out: int, done: mmap.mmap) -> None:

@@ -141,8 +141,9 @@ class TestCkpt(ContainerConformance):
     def test_packed_dims(self, path: Path) -> None:
         body = blob(1, varint(2) + varint(300)) + blob(2, b"Int8") + blob(3, bytes(600))
         mixed = number(1, 3) + blob(1, varint(4) + varint(5)) + blob(2, b"Int8") + blob(3, bytes(60))
-        tensors = self.read(path, record("p", body) + record("m", mixed) + record("e", blob(1, b"") + body[5:])).tensors
-        assert [t.shape for t in tensors.values()][:2] == [(2, 300), (3, 4, 5)]
+        none = blob(1, b"") + blob(2, b"Int8") + blob(3, b"x")
+        tensors = self.read(path, record("p", body) + record("m", mixed) + record("n", none)).tensors
+        assert [t.shape for t in tensors.values()] == [(2, 300), (3, 4, 5), ()]
 
     def test_unknown_fields_are_stepped_over(self, path: Path) -> None:
         body = UNKNOWN + tensor((2,), "Float32", b"12345678") + UNKNOWN
@@ -179,12 +180,12 @@ class TestCkpt(ContainerConformance):
             (record("w", tensor((3,), "Float32", b"12345678")), "has 8 bytes.*needs 12"),
             (record("w", tensor((), "Float32", b"12345678")), "has 8 bytes.*needs 4"),
             (record("w", tensor((2,), "Float31", b"12345678")), "unknown type 'Float31'"),
-            (record("w", tensor((1 << 63,), "Float32", b"")), r"dimension|needs"),
-            (record("w", tensor((0, (1 << 64) - 1), "Float32", b"")), "dimension"),
-            (record("w", tensor((1,) * 65, "Float32", b"1234")), "dimensions"),
-            (record("w", tensor((0,) + (1 << 62,) * 5000, "Float32", b"")), "dimensions"),
-            (record("w", tensor((1 << 62,) * 5000, "Float32", b"")), "dimensions"),
-            (record("s", tensor([0], "str", b"abcde")), "'s'.*5 bytes"),
+            (record("w", tensor((1 << 63,), "Float32", b"")), "damaged"),
+            (record("w", tensor((0, (1 << 64) - 1), "Float32", b"")), "damaged"),
+            (record("w", tensor((1,) * 65, "Float32", b"1234")), "damaged"),
+            (record("w", tensor((0,) + (1 << 62,) * 5000, "Float32", b"")), "damaged"),
+            (record("w", tensor((1 << 62,) * 5000, "Float32", b"")), "damaged"),
+            (record("s", tensor([0], "str", b"abcde")), "'s' is str .* with 5 bytes"),
             (record("", tensor((2,), "Float32", b"12345678")), "a value without"),
             (blob(1, blob(2, tensor((2,), "Float32", b"12345678"))), "a value without"),
             (blob(1, blob(1, b"w")), "a value without tensor_type"),
@@ -198,9 +199,12 @@ class TestCkpt(ContainerConformance):
             (b"PK\x03\x04" + bytes(100), "where a value should begin"),
             (blob(1, blob(1, b"w") + b"\x1b"), "wire type 3"),
             (b"\x0a" + b"\xff" * 11, "more than 10 bytes"),
-            (record("w", tensor((2, 2), "Int8", b"ab")) + record("w", tensor((4, 1), "Int8", b"cd")), "pieces of 'w' differ"),
-            (record("w", tensor((4,), "Int8", b"ab")) + record("w", tensor((4,), "UInt8", b"cd")), "pieces of 'w' differ"),
-            (record("w", tensor((6,), "Int8", b"ab")) + record("w", tensor((6,), "Int8", b"cd")), "has 4 bytes.*needs 6"),
+            (record("w", tensor((2,), "Int8", b"ab") + b"\x79four") + GOOD, "8 bytes announced, 4 left"),
+            (record("w", tensor((2,), "Int8", b"ab") + b"\x78\x80") + GOOD, "1 bytes announced, 0 left"),
+            (blob(1, blob(1, b"w") + b"\x12\x7f" + tensor((2,), "Int8", b"ab")) + GOOD * 9, "127 bytes, 1. left"),
+            (record("w", tensor((2, 2), "U8", b"ab")) + record("w", tensor((4,), "U8", b"cd")), "pieces of 'w' differ"),
+            (record("w", tensor((4,), "Int8", b"ab")) + record("w", tensor((4,), "U8", b"cd")), "pieces of 'w' differ"),
+            (record("w", tensor((6,), "Int8", b"ab")) * 2, "has 4 bytes.*needs 6"),
         ],
     )  # fmt: skip
     def test_lies_are_refused(self, path: Path, data: bytes, message: str) -> None:
@@ -254,7 +258,8 @@ class TestCkpt(ContainerConformance):
 
     @pytest.mark.parametrize("crc", [False, True])
     def test_mindspore_reads_ours(self, ms: ModuleType, path: Path, crc: bool) -> None:  # noqa: FBT001
-        values = arrays()
+        # MindSpore 2.9.0 writes complex64 but its reader's type table lacks it
+        values = {name: array for name, array in arrays().items() if not name.startswith("C64")}
         strings = dict(string_spec(name, text) for name, text in STRINGS.items())
         specs = [*specs_of(values), *strings]
         content = {n: a.tobytes() for n, a in values.items()} | {spec.name: data for spec, data in strings.items()}
@@ -266,7 +271,8 @@ class TestCkpt(ContainerConformance):
             damaged = bytearray(path.read_bytes())
             damaged[ckpt.read_header(str(path)).tensors["I64.2"].extents[0].offset_bytes] ^= 1
             path.write_bytes(damaged)
-            with pytest.raises(ValueError, match="crc check is failed|Failed to read"):
+            assert ms.load_checkpoint(str(path))  # so it is the crc that the next line refuses
+            with pytest.raises(ValueError, match="Failed to read the checkpoint file"):
                 ms.load_checkpoint(str(path), crc_check=True)
 
     @pytest.mark.parametrize("crc", [False, True])
@@ -277,8 +283,10 @@ class TestCkpt(ContainerConformance):
         real = tmp_path / "real.ckpt"
         ms.save_checkpoint(parameters, str(real), append_dict={**SCALARS, **STRINGS}, crc_check=crc)
         scalars = {
-            "epoch_num": ("I64", np.int64(3)), "loss_scale": ("F32", np.float32(65536)), "flag": ("BOOL", np.bool_(True)),
-        }  # fmt: skip
+            "epoch_num": ("I64", np.int64(3)),
+            "loss_scale": ("F32", np.float32(65536)),
+            "flag": ("BOOL", np.bool_(True)),
+        }
         specs = [*specs_of(values), *(TensorSpec(n, code, ()) for n, (code, _) in scalars.items()), *strings]
         content = {n: a.tobytes() for n, a in values.items()} | {n: v.tobytes() for n, (_, v) in scalars.items()}
         ours = write(tmp_path / "ours.ckpt", specs, content | {s.name: d for s, d in strings.items()}, crc=crc)

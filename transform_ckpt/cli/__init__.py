@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import os
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -60,14 +62,20 @@ def run(arguments: list[str] | None = None, command: click.Command = cli) -> int
     if not sys.platform.startswith("linux"):
         print(f"error: transform-ckpt runs on Linux only, this is {sys.platform}", file=sys.stderr)
         return 3
+    outer = sys.stdout
+    if isinstance(outer, io.TextIOWrapper):  # None when it is closed
+        outer.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+        sys.stdout = _Patient(outer)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         found = command.main(args=words, prog_name="transform-ckpt", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (click.ClickException, TransformError, OSError, KeyboardInterrupt, click.Abort, _Terminated) as error:
         message, code = _explain(error)
         return _failed(words, message, code)
     finally:
+        sys.stdout = outer
         signal.signal(signal.SIGTERM, previous)
     return found if isinstance(found, int) else 0
 
@@ -96,6 +104,38 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 def _failed(words: list[str], message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
-    if "--json" in words:
-        print(json.dumps({"ok": False, "exit_code": code, "error": message}))
+    try:
+        if "--json" in words:
+            print(json.dumps({"ok": False, "exit_code": code, "error": message}), flush=True)
+    except OSError:
+        pass  # it was said on stderr
     return code
+
+
+class _Patient:
+    """stdout, whose reader may have heard enough (`| head`): that is no error, and does not change the exit code."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._close(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._close(error)
+
+    def _close(self, error: OSError) -> None:
+        with open(os.devnull, "wb") as sink:  # or the interpreter would try again when it ends
+            os.dup2(sink.fileno(), self._stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from transform_ckpt.cli.options import human, json_flag, plan_flags, run_flags
+from transform_ckpt.cli.options import PATH, human, json_flag, plan_flags, run_flags
 
 
 @click.command("convert")
-@click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path())
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @plan_flags
 @run_flags
 @click.option("--dry-run", is_flag=True, help="Print files, bytes, free space and problems; write nothing.")

@@ -7,15 +7,15 @@ import sys
 
 import click
 
-from transform_ckpt.cli.options import json_flag
+from transform_ckpt.cli.options import PATH, json_flag
 from transform_ckpt.errors import DifferenceError
 
 SHOWN = 20
 
 
 @click.command("diff")
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
 @click.option("--src-strategy", "--a-strategy", "a_strategy", metavar="FILE|DIR", help="Strategy of A.")
 @click.option("--dst-strategy", "--b-strategy", "b_strategy", metavar="FILE|DIR", help="Strategy of B.")
 @click.option("--no-optimizer", is_flag=True, help="Leave optimizer states out of the comparison.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from transform_ckpt.cli.options import human, json_flag
+from transform_ckpt.cli.options import PATH, human, json_flag
 from transform_ckpt.version import VERSION
 
 NEEDED = ("numpy", "click", "xxhash", "ml_dtypes", "rich")
@@ -21,7 +21,7 @@ BAD_SAFETENSORS = "0.8.0"
 
 
 @click.command("doctor")
-@click.argument("folder", type=click.Path(), default=".")
+@click.argument("folder", type=PATH, default=".")
 @json_flag
 def command(folder: str, as_json: bool) -> None:
     """Check packages, memory and the file system of FOLDER (where a destination would be)."""
@@ -31,7 +31,7 @@ def command(folder: str, as_json: bool) -> None:
     else:
         for key, value in found.items():
             if key != "problems":
-                print(f"{key:<14}{value}")
+                print(f"{key:<16}{value}")
         for problem in found["problems"]:
             print(f"problem: {problem}")
         print("no problem found" if not found["problems"] else f"{len(found['problems'])} problems")

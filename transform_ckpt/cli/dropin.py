@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from transform_ckpt.cli import run
-from transform_ckpt.errors import InputError, PlanError, UsageError
+from transform_ckpt.errors import InputError, PlanError, UsageError, rank_ranges
 
 TRUE, FALSE = ("true", "1", "yes", "y", "on"), ("false", "0", "no", "n", "off", "")
 
@@ -80,7 +80,9 @@ def transform_ckpt() -> int:
     parser.add_argument("--dst_ckpt_strategy", default="", help="strategy of the result: file, directory or None")
     parser.add_argument("--src_ckpt_dir", required=True, help="directory of rank_0/ ...")
     parser.add_argument("--dst_ckpt_dir", required=True, help="where the result goes")
-    parser.add_argument("--prefix", default="checkpoint_", help="result is rank_N/{prefix}N.ckpt")
+    parser.add_argument(
+        "--prefix", default="checkpoint_", help="result is rank_N/{prefix}N.ckpt (.safetensors from safetensors)"
+    )
 
     def body(arguments: argparse.Namespace) -> None:
         from transform_ckpt import api
@@ -142,7 +144,7 @@ def _transform_checkpoint(arguments: argparse.Namespace) -> None:
         )
     ranks = share(world, arguments.transform_process_num, arguments.rank_id)
     out = arguments.dst_checkpoint_dir or os.path.join(os.getcwd(), "transformed_checkpoint")
-    results = []
+    results: list[dict[str, Any]] = []
     for name, path in named_sources(arguments.src_checkpoint).items():
         plan = api.plan(path, src_strategy=source, dst_strategy=strategy, prefix=arguments.prefix)
         alone = arguments.rank_id is None
@@ -155,8 +157,14 @@ def _transform_checkpoint(arguments: argparse.Namespace) -> None:
             with open(mark, "w", encoding="utf-8"):
                 pass
         results.append({"name": name, "dst": dst, "ranks": list(ranks), "complete": complete})
-    lines = [f"{r['dst']}: ranks {r['ranks']}{'' if r['complete'] else ', others are not there yet'}" for r in results]
+    lines = [f"{r['dst']}: {_share_text(r['ranks'], complete=bool(r['complete']))}" for r in results]
     _report(arguments, [*lines, "......Transform finished!......"], {"results": results})
+
+
+def _share_text(ranks: Sequence[int], *, complete: bool) -> str:
+    if not ranks:
+        return "no target rank is this process's share"
+    return f"ranks {rank_ranges(ranks)}" + ("" if complete else "; others are not there yet")
 
 
 def share(world: int, processes: int, rank: int | None) -> Sequence[int]:

@@ -10,13 +10,13 @@ from typing import Any
 import click
 
 from transform_ckpt import dtypes
-from transform_ckpt.cli.options import human, json_flag
+from transform_ckpt.cli.options import PATH, human, json_flag
 
 SHOWN = 20
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path())
+@click.argument("path", type=PATH)
 @click.option("--strategy", "--src-strategy", metavar="FILE|DIR", help="Its strategy: shows whole tensors.")
 @click.option("--step", type=int, help="Which step, where the directory holds several.")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor.")

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from transform_ckpt.cli.options import json_flag
+from transform_ckpt.cli.options import PATH, json_flag
 
 
 @click.command("layout")
-@click.argument("strategy", type=click.Path())
+@click.argument("strategy", type=PATH)
 @json_flag
 def command(strategy: str, as_json: bool) -> None:
     """Print the strategy file or directory STRATEGY: stages, ranks, and how each parameter is cut."""

@@ -14,6 +14,10 @@ FORMATS = ("hf", "megatron", "torch_dist", "mindspore")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
+PATH = click.Path(readable=False)
+"""What cannot be read is said by what tries to read it, with exit code 5."""
+
+
 class Size(click.ParamType[int]):
     """`1G`, `512M`, `300MB`, a plain number of bytes."""
 
@@ -24,7 +28,7 @@ class Size(click.ParamType[int]):
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
-        if not match:
+        if not match or len(match[1]) > 18:
             self.fail(f"{value!r} is not a size: write 512M or 2G", param, ctx)
         return int(float(match[1]) * _UNITS[match[2].upper()])
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import click
 
-from transform_ckpt.cli.options import human, json_flag, plan_flags
+from transform_ckpt.cli.options import PATH, human, json_flag, plan_flags
 from transform_ckpt.errors import InputError
 
 SHOWN_FILES = 12
 
 
 @click.command("plan")
-@click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path())
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @plan_flags
 @click.option("--overwrite", is_flag=True, help="DST may hold something that would be replaced.")
 @json_flag

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """A function of (bytes done, bytes in all), or None where nobody would see it."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

@@ -8,15 +8,15 @@ import sys
 
 import click
 
-from transform_ckpt.cli.options import json_flag
+from transform_ckpt.cli.options import PATH, json_flag
 from transform_ckpt.errors import DifferenceError
 
 SHOWN = 20
 
 
 @click.command("verify")
-@click.argument("path", type=click.Path())
-@click.option("--against", metavar="SRC", type=click.Path(), help="Compare with this checkpoint, whatever its layout.")
+@click.argument("path", type=PATH)
+@click.option("--against", metavar="SRC", type=PATH, help="Compare with this checkpoint, whatever its layout.")
 @click.option("--src-strategy", metavar="FILE|DIR", help="Strategy of SRC.")
 @click.option("--dst-strategy", "--strategy", metavar="FILE|DIR", help="Strategy of PATH.")
 @click.option("--step", type=int, help="Which step, where PATH holds several.")

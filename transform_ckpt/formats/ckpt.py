@@ -6,7 +6,7 @@ Schema (mindspore 2.9.0 train/checkpoint.proto; written by train/serialization.p
     TensorProto { repeated int64 dims = 1; required string tensor_type = 2; required bytes tensor_content = 3 }
 A tensor over 512 MiB is several consecutive values of one tag, each with the full dims.  `crc_check` adds the trailer
 b"crc_num" + 10 bytes big-endian crc32 of all before.  Strings have type "str", dims [0], UTF-32LE content; dims [0] on
-another type is an old way to write a scalar.  Encrypted files begin with a magic number (seen: AES-GCM, AES-CBC).
+another type is an old way to write a scalar.  Encrypted files begin with a magic number.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ SUFFIX = ".ckpt"
 SLICE_NBYTES = 512 * 1024 * 1024
 CRC_MARK = b"crc_num"
 CRC_NBYTES = len(CRC_MARK) + 10
-_ENCRYPTION_MAGIC = {bytes.fromhex(code): mode for code, mode in (("d85e3a7f", "AES-GCM"), ("d95e3a7f", "AES-CBC"))}
+_ENCRYPTION_MAGIC = {
+    bytes.fromhex("d85e3a7f"): "AES-GCM",
+    bytes.fromhex("d95e3a7f"): "AES-CBC",
+    bytes.fromhex("da5e3a7f"): "SM4-CBC",
+}
 _WINDOW = 4096
 _MAX_NDIM, _MAX_LENGTH = 64, 1 << 63
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -222,6 +226,8 @@ def _tensor(path: str, pieces: Sequence[_Value]) -> Tensor:
         )
     extents = tuple(p.content for p in pieces if p.content is not None)
     nbytes = sum(e.nbytes for e in extents)
+    if dtype.code == dtypes.STRING and any(e.nbytes < SLICE_NBYTES for e in extents[:-1]):
+        raise InputError(f"{path}: the string {head.tag!r} is in the file twice: save it again")
     if dtype.code == dtypes.STRING and nbytes % 4 == 0:
         return Tensor(head.tag, dtype.code, (), path, extents)
     if dtype.code == dtypes.STRING or len(head.dims) > _MAX_NDIM or any(n >= _MAX_LENGTH for n in head.dims):

@@ -82,7 +82,10 @@ def detect(path: str) -> bool:
 def find(path: str, step: int | None = None) -> Files:
     """The files of the checkpoint at `path`; `step` chooses among several."""
     if os.path.isfile(path):
-        return Files({0: (path,)}, True, _only_step([path]))
+        found = _only_step([path])
+        if step is not None and step != found:
+            raise InputError(f"{path}: is one file, whose name does not say step {step}: drop --step")
+        return Files({0: (path,)}, True, found)
     if not os.path.isdir(path):
         raise InputError(f"{path}: not found: check the path of the checkpoint")
     dirs = rank_dirs(path)
@@ -160,6 +163,8 @@ def _find_complete(path: str, step: int | None) -> Files:
             f"{path}: no checkpoint: expected rank_0/, rank_1/ ... directories, or .safetensors or .ckpt files"
         )
     if os.path.isfile(os.path.join(path, PARAM_NAME_MAP)):
+        if step is not None:
+            raise InputError(f"{path}: {PARAM_NAME_MAP} describes one checkpoint, of no known step: drop --step {step}")
         weight_map = read_param_name_map(os.path.join(path, PARAM_NAME_MAP))
         missing = sorted(set(weight_map.values()) - set(names))
         if missing:

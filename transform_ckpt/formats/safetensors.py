@@ -3,7 +3,7 @@
 Rules of the format (safetensors 0.7.0, `SafeTensors::deserialize`): header at most 100 MB, offsets relative to the end
 of the header, tensors cover the data without hole or overlap, header padded with spaces to 8 bytes.
 MindSpore adds (2.9.0 train/serialization.py `_exec_save`): metadata format "ms", `remove_redundancy`, `crc_num` (crc32
-over name and bytes of every tensor in name order), and `"<param>": "Int4"` for packed 4-bit values stored as I8.
+over name and `bytes(array)` of every tensor in name order), and `"<param>": "Int4"` for packed 4-bit values, as I8.
 It cannot store strings; ours go into the metadata under `STRINGS_KEY`: .ckpt -> safetensors -> .ckpt keeps them.
 """
 
@@ -27,7 +27,7 @@ MAX_NDIM, MAX_LENGTH = 64, 1 << 63
 """More dimensions, or longer ones, are damage: NumPy has at most 64."""
 STRINGS_KEY = "transform_ckpt.strings"
 INT4 = "Int4"
-_WRITE_ORDER = "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64".split()
+_WRITE_ORDER = "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64".split()
 """The real writer's order of dtypes, last first (safetensors 0.7.0 `Dtype`, sorted descending, then by name)."""
 
 
@@ -74,7 +74,7 @@ def parse_header(path: str, raw: bytes, nbytes: int) -> FileHeader:
     tensors.update(_strings(path, metadata, tensors))
     crc = metadata.get("crc_num")
     if crc is not None and not (crc.isascii() and crc.isdecimal() and len(crc) <= 20):
-        raise _fail(path, f"crc_num {crc!r} is not a number")
+        raise _fail(path, f"crc_num {crc!r:.80} is not a number")
     return FileHeader(
         path, FORMAT, nbytes, tensors, xxh3(raw), metadata, None if crc is None else int(crc), nbytes - data_start
     )
