@@ -164,8 +164,8 @@ class _RankReader:
         problems.raise_if_any(InputError)
         if 2 * len(astray) > len(found):
             raise InputError(
-                f"{self.path}: {len(astray)} of {len(found)} tensors are in files of ranks whose stage does not list them "
-                f"({name_some(astray)}): {self.strategy.origin} is not the strategy of this checkpoint"
+                f"{self.path}: {len(astray)} of {len(found)} tensors are in files of ranks whose stage does not list "
+                f"them ({name_some(astray)}): {self.strategy.origin} is not the strategy of this checkpoint"
             )
         self._check_optimizer_shapes(found)
         self._check_listed(found)
@@ -193,8 +193,8 @@ class _RankReader:
             if shape != full or tensor.dtype != first.dtype:
                 raise InputError(
                     f"{name!r} does not agree between ranks: {first.path} has {first.dtype}{list(first.shape)} of a "
-                    f"whole {list(full)}, {tensor.path} has {tensor.dtype}{list(tensor.shape)} of a whole {list(shape)}: "
-                    f"the files are of different runs, or {self.strategy.origin} is not their strategy"
+                    f"whole {list(full)}, {tensor.path} has {tensor.dtype}{list(tensor.shape)} of a whole "
+                    f"{list(shape)}: the files are of different runs, or {self.strategy.origin} is not their strategy"
                 )
             boxes = cache.get((layout, full))
             if boxes is None:
@@ -264,7 +264,8 @@ class _RankReader:
             if odd:
                 problems.add(
                     f"{name!r} is in no source strategy and differs in shape or type: {first.dtype}{list(first.shape)} "
-                    f"in {first.path}, {odd[0].dtype}{list(odd[0].shape)} in {odd[0].path}: give a strategy that lists it"
+                    f"in {first.path}, {odd[0].dtype}{list(odd[0].shape)} in {odd[0].path}: give a strategy that "
+                    "lists it"
                 )
             pieces = tuple(Piece(t, whole(t.shape), r) for t, r in zip(tensors, ranks, strict=True))
             found[name] = Logical(name, first.dtype, first.shape, pieces)

@@ -12,7 +12,7 @@ from operator import ne
 from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError, Problems, name_some, rank_ranges
 from transform_ckpt.source import MINDSPORE
-from transform_ckpt.states import is_state, split_optimizer
+from transform_ckpt.states import STATE_NAMES, is_state, split_optimizer
 from transform_ckpt.store import FileTable, TensorReader
 from transform_ckpt.tensors import Logical, Source, Tensor
 from transform_ckpt.views import Box
@@ -42,7 +42,9 @@ def settle(source: Source) -> Source:
     try:
         states = {n: _settled(table, s, problems, notes) for n, s in source.states.items()}
         params = {
-            n: _settled(table, p, problems, notes) if p.dtype == dtypes.STRING else p for n, p in source.params.items()
+            # complete weights have their states among the parameters; common.json of Checkpoint 2.0 wants their values
+            n: _settled(table, p, problems, notes) if p.dtype == dtypes.STRING or _is_lone_state(p) else p
+            for n, p in source.params.items()
         }
         if source.format == MINDSPORE:
             _check_samples(table, source, problems)
@@ -50,6 +52,10 @@ def settle(source: Source) -> Source:
         table.close()
     problems.raise_if_any(InputError)
     return replace(source, states=states, params=params, notes=(*source.notes, *notes))
+
+
+def _is_lone_state(logical: Logical) -> bool:
+    return logical.name in STATE_NAMES and len(logical.pieces) == 1
 
 
 def _settled(table: FileTable, logical: Logical, problems: Problems, notes: list[str]) -> Logical:
@@ -114,7 +120,7 @@ def _check_samples(table: FileTable, source: Source, problems: Problems) -> None
                 f"{source.root}: {unlike[0]}, which the source strategy says is one slice, but their bytes are "
                 f"unrelated: it is not the strategy of this checkpoint (ranks {rank_ranges(ranks)})"
             )
-        split = [sample for sample in found if len(sample.boxes) > 1]
+        split = [sample for sample in found if len(sample.boxes) > 1 and not sample.expert]
         for rank in ranks if len(split) > 1 else ():
             if all(rank in sample.twins for sample in split):
                 names = name_some(sample.name for sample in split)
@@ -130,6 +136,7 @@ class _Sample:
 
     def __init__(self, table: FileTable, logical: Logical) -> None:
         self.name, self.replicas = logical.name, 0
+        self.expert = "expert" in logical.name or len(logical.shape) > 2  # may begin as copies of one another
         self.boxes: dict[Box, tuple[int, bytes]] = {}
         self.unlike: list[str] = []
         self.twins: dict[int, int] = {}
