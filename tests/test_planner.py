@@ -91,7 +91,9 @@ def test_stages_that_overlap_in_part() -> None:
     plan = build(source_of({"embed": held}), target_of(wanted))
     assert_filled(plan, wanted, {"embed": array}, carry_out(plan, stored("embed", held, array)))
     assert plan.read_nbytes == array.nbytes  # nothing is read twice
-    with pytest.raises(PlanError, match=r"'embed' is not whole: a hole at element 0 of the part \[0:8, 2:4\].*ranks 1-3"):
+    with pytest.raises(
+        PlanError, match=r"'embed' is not whole: a hole at element 0 of the part \[0:8, 2:4\].*ranks 1-3"
+    ):
         build(source_of({"embed": without}), target_of(wanted))
 
 
@@ -110,8 +112,12 @@ def test_missing_pieces_are_named_with_their_ranks_all_at_once() -> None:
         build(source_of(lost), target)
     lines = str(caught.value).splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("'block' is not whole: a hole at element 16 of the part [0:8, 0:4]; the files of ranks 0-1, 3")
-    assert lines[1].startswith("'corner' is not whole: a hole at element 31 of the part [0:8, 0:4]; the files of ranks 0, 7 ")
+    assert lines[0].startswith(
+        "'block' is not whole: a hole at element 16 of the part [0:8, 0:4]; the files of ranks 0-1, 3"
+    )
+    assert lines[1].startswith(
+        "'corner' is not whole: a hole at element 31 of the part [0:8, 0:4]; the files of ranks 0, 7 "
+    )
     assert all("find the missing or truncated rank files" in line for line in lines)
     assert caught.value.exit_code == 4
 

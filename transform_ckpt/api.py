@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from strategy.layout import Strategy
 from transform_ckpt import planner, values
+from transform_ckpt.destination import check_destination
 from transform_ckpt.errors import DifferenceError, InputError, PlanError, UsageError
-from transform_ckpt.execute import RunOptions, check_destination, run
+from transform_ckpt.execute import RunOptions, run
 from transform_ckpt.formats import container_of
 from transform_ckpt.planner import Plan
 from transform_ckpt.source import CHECKPOINT_2, detect, open_source
@@ -50,9 +51,14 @@ def read_strategy(strategy: StrategyLike) -> Strategy | None:
     return mindspore_file.read_strategy(path)
 
 
-def open_checkpoint(src: str | os.PathLike[str], strategy: StrategyLike = None, step: int | None = None) -> Source:
+def open_checkpoint(
+    src: str | os.PathLike[str],
+    strategy: StrategyLike = None,
+    step: int | None = None,
+    allow_missing: Sequence[str] = (),
+) -> Source:
     """A checkpoint's headers as a Source, with strings and small states read."""
-    return values.settle(open_source(os.fspath(src), read_strategy(strategy), step))
+    return values.settle(open_source(os.fspath(src), read_strategy(strategy), step, allow_missing))
 
 
 @_no_collection()
@@ -69,14 +75,16 @@ def plan(
     crc: bool = False,
     optimizer: bool = True,
     carry: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
 ) -> Plan:
     """What `convert` would do: every file, every byte range, proven complete.  Writes nothing.
 
-    `container` is "ckpt" or "safetensors"; default the source's.  Raises InputError (bad source or strategy) and
-    PlanError (ambiguous or incomplete).
+    `container` is "ckpt" or "safetensors"; default the source's.  `carry` are patterns of names that may be in no
+    strategy, `allow_missing` of names that the source strategy lists and no file holds.  Raises InputError (bad source
+    or strategy) and PlanError (ambiguous or incomplete).
     """
-    source = open_checkpoint(src, src_strategy, step)
-    chosen = container or _container_of(source, unified or checkpoint_2)
+    source = open_checkpoint(src, src_strategy, step, allow_missing)
+    chosen = container or _container_of(source, only_safetensors=unified or checkpoint_2)
     if chosen not in ("ckpt", "safetensors"):
         raise UsageError(f"--format {chosen!r}: expected ckpt or safetensors")
     options = TargetOptions(
@@ -85,7 +93,7 @@ def plan(
     return planner.build(source, lay_out(source, read_strategy(dst_strategy), options))
 
 
-def _container_of(source: Source, only_safetensors: bool) -> str:
+def _container_of(source: Source, *, only_safetensors: bool) -> str:
     formats = {container_of(h.path) for h in source.headers}
     return "ckpt" if formats == {"ckpt"} and not only_safetensors else "safetensors"
 

@@ -6,24 +6,32 @@ the journal.  Replacing an old DST happens after the new one is complete.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transform_ckpt import manifest, workers
-from transform_ckpt.errors import InputError, StorageError, UsageError
-from transform_ckpt.formats import ckpt, safetensors
+from transform_ckpt.crc import check_crc, write_crc
+from transform_ckpt.destination import (
+    check_destination,
+    check_not_inside,
+    free_nbytes,
+    fsync_tree,
+    give_name,
+    unused_name,
+    write_small,
+)
+from transform_ckpt.digests import collect_digests, part_ranges, range_digest
+from transform_ckpt.errors import StorageError, UsageError
 from transform_ckpt.formats.files import storage_error
 from transform_ckpt.journal import Journal, record
 from transform_ckpt.kernels import BLOCK_NBYTES, Mover
 from transform_ckpt.planner import Place, Plan
 from transform_ckpt.preallocate import preallocate
-from transform_ckpt.store import FileTable, PlaceWriter, TensorReader, read_fully, write_fully
-from transform_ckpt.tensors import FileHeader, TargetFile, Tensor
+from transform_ckpt.store import FileTable, PlaceWriter, TensorReader, write_fully
+from transform_ckpt.tensors import FileHeader
 
 SMALL_NBYTES = 8 * 1024 * 1024
 """Less than this is not worth a process."""
@@ -58,42 +66,6 @@ class RunOptions:
         return min(BLOCK_NBYTES, self.memory_nbytes // 4)
 
 
-def check_destination(dst: str, *, overwrite: bool) -> None:
-    """UsageError when DST holds something that may not be replaced."""
-    if not dst:
-        raise UsageError("the destination is empty: name a directory")
-    if not os.path.lexists(dst):
-        above = os.path.dirname(os.path.abspath(dst))
-        while not os.path.lexists(above):
-            above = os.path.dirname(above)
-        if not os.path.isdir(above):
-            raise UsageError(f"{dst}: cannot be made, {above} is not a directory: choose another destination")
-        return
-    if not os.path.isdir(dst):
-        kind = "a symbolic link to nothing" if os.path.islink(dst) and not os.path.exists(dst) else "a file"
-        raise UsageError(f"{dst}: is {kind}; the destination must be a directory: choose another")
-    if os.path.ismount(os.path.realpath(dst)):
-        raise UsageError(f"{dst}: is a mount point, which cannot be replaced by the output: name a directory below it")
-    try:
-        occupied = os.listdir(dst)
-    except OSError as error:
-        raise storage_error(dst, error, "looking into the destination") from None
-    if occupied and not overwrite:
-        raise UsageError(
-            f"{dst}: is not empty ({len(occupied)} entries): choose another destination, or add --overwrite to replace "
-            "it once the new output is complete"
-        )
-
-
-def free_nbytes(dst: str) -> int:
-    """Free space where DST is to be, in bytes."""
-    folder = os.path.dirname(os.path.abspath(dst))
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
-
-
 def run(plan: Plan, dst: str, options: RunOptions, check: Callable[[str], None] | None = None) -> Execution:
     """Write the destination; returns when it has its final name.
 
@@ -123,8 +95,8 @@ class Execution:
         """Prepare, move, finish, check, commit."""
         check_destination(self.dst, overwrite=self.options.overwrite)
         for src in (self.plan.source.root, *(header.path for header in self.plan.source.headers)):
-            _check_not_inside(src, self.dst)
-            _check_not_inside(src, self.partial)
+            check_not_inside(src, self.dst)
+            check_not_inside(src, self.partial)
         check_crcs(self.plan.source.headers, self.options)
         self._enter()
         try:
@@ -233,8 +205,6 @@ class Execution:
         return {unit: done[unit] for unit in intact}
 
     def _intact(self, unit: int, digests: Sequence[str]) -> bool:
-        from transform_ckpt.verify import part_ranges, range_digest
-
         table = FileTable(os.O_RDONLY)
         try:
             ranges = [(g, w, at, n) for g, w, at, n in part_ranges(self.plan, unit)]
@@ -274,18 +244,18 @@ class Execution:
         for path, file in zip(self.paths, self.plan.target.files, strict=True):
             write_crc(path, file)
         for small in self.plan.target.small:
-            _write_small(os.path.join(self.partial, small.relpath), small.data)
+            write_small(os.path.join(self.partial, small.relpath), small.data)
         digests = collect_digests(self.plan, done)
         text = manifest.content(self.plan, self.fingerprint, digests)
-        _write_small(os.path.join(self.partial, manifest.NAME), text)
+        write_small(os.path.join(self.partial, manifest.NAME), text)
         if self.options.fsync:
-            _fsync_tree(self.partial)
+            fsync_tree(self.partial)
 
     def _commit(self) -> None:
         """DST.partial becomes DST; an old DST leaves only now."""
         try:
             self.journal.retire()
-            left = _give_name(self.partial, self.dst)
+            left = give_name(self.partial, self.dst)
             shutil.rmtree(os.path.join(self.dst, os.path.basename(self.journal.directory)))
         except OSError as error:
             raise storage_error(self.dst, error, "giving the output its final name") from None
@@ -293,45 +263,6 @@ class Execution:
             shutil.rmtree(left, ignore_errors=True)
             if os.path.lexists(left):
                 self.notes.append(f"{left}: the old output, which this user may not delete")
-
-
-def _give_name(path: str, dst: str) -> str | None:
-    """Rename a directory over `dst`, in one step where the kernel can; returns where a full old `dst` is now."""
-    if not os.path.isdir(dst) or not os.listdir(dst):
-        os.rename(path, dst)
-        return None
-    old = unused_name(dst + ".replaced")
-    if _exchange(path, dst):
-        os.rename(path, old)
-        return old
-    os.rename(dst, old)
-    try:
-        os.rename(path, dst)
-    except OSError:
-        os.rename(old, dst)
-        raise
-    return old
-
-
-def unused_name(path: str) -> str:
-    """`path`, or with a number where something is there already."""
-    found, number = path, 1
-    while os.path.lexists(found):
-        number += 1
-        found = f"{path}.{number}"
-    return found
-
-
-def _exchange(one: str, other: str) -> bool:
-    """Swap two names by renameat2(2): there is no moment without a `dst`.  False where that is not possible."""
-    import ctypes
-
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is None:
-        return False
-    function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(function(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
 class _UnitWorker:
@@ -374,46 +305,6 @@ class _UnitWorker:
         return [(self._paths[p.file], p.extents) for p in places]
 
 
-def collect_digests(plan: Plan, done: dict[int, list[str]]) -> dict[int, dict[str, list[tuple[int, str]]]]:
-    """Digests of the journal, by file and tensor, each tensor's parts in the order of its bytes."""
-    from transform_ckpt.verify import part_ranges
-
-    found: dict[int, dict[str, list[tuple[int, str]]]] = {}
-    for unit in range(len(plan.units)):
-        for (group, write, _, nbytes), digest in zip(part_ranges(plan, unit), done[unit], strict=True):
-            for place in plan.groups[group].writes[write]:
-                found.setdefault(place.file, {}).setdefault(place.name, []).append((nbytes, digest))
-    return found
-
-
-def write_crc(path: str, file: TargetFile) -> None:
-    """Fill the crc trailer of a .ckpt that has room for one."""
-    if file.header_format != ckpt.FORMAT or not file.skeleton.chunks:
-        return
-    if not file.skeleton.chunks[-1][1].startswith(ckpt.CRC_MARK):
-        return
-    end = file.skeleton.nbytes - ckpt.CRC_NBYTES
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        crc = crc32_of(fd, path, 0, end)
-        trailer = ckpt.CRC_MARK + crc.to_bytes(ckpt.CRC_NBYTES - len(ckpt.CRC_MARK), "big")
-        write_fully(fd, path, end, memoryview(trailer))
-    finally:
-        os.close(fd)
-
-
-def crc32_of(fd: int, path: str, start: int, nbytes: int, crc: int = 0) -> int:
-    """crc32 of a range of a file, through one buffer."""
-    buffer = memoryview(bytearray(min(max(nbytes, 1), 1 << 20)))
-    at = start
-    while at < start + nbytes:
-        part = buffer[: min(len(buffer), start + nbytes - at)]
-        read_fully(fd, path, at, part)
-        crc = zlib.crc32(part, crc)
-        at += len(part)
-    return crc
-
-
 def check_crcs(headers: Sequence[FileHeader], options: RunOptions) -> None:
     """Every source file with a checksum of its own is read through before anything is written."""
     checked = [h for h in headers if h.crc32 is not None]
@@ -426,68 +317,7 @@ def check_crcs(headers: Sequence[FileHeader], options: RunOptions) -> None:
     workers.run(range(len(checked)), lambda: work, options.crew(total), None)
 
 
-def check_crc(header: FileHeader) -> None:
-    """InputError when a file's own checksum does not fit its bytes."""
-    fd = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if header.format == safetensors.FORMAT:
-            found = 0
-            for name in sorted(n for n, t in header.tensors.items() if t.inline is None):
-                found = _tensor_crc32(fd, header.tensors[name], zlib.crc32(name.encode(), found))
-        else:
-            found = crc32_of(fd, header.path, 0, header.crc_nbytes)
-    finally:
-        os.close(fd)
-    if found != header.crc32:
-        raise InputError(
-            f"{header.path}: its crc_check value is {header.crc32}, its bytes give {found}: the file is damaged: "
-            "fetch or save it again"
-        )
-
-
-def _tensor_crc32(fd: int, tensor: Tensor, crc: int) -> int:
-    """As MindSpore computes it, by Python's bytes(array): for an integer n of shape () that is n zeros."""
-    extent = tensor.extents[0]
-    if tensor.shape or tensor.dtype[0] not in "IU":
-        return crc32_of(fd, tensor.path, extent.offset_bytes, extent.nbytes, crc)
-    left = int.from_bytes(os.pread(fd, extent.nbytes, extent.offset_bytes), "little")
-    while 0 < left < 1 << 40:  # MindSpore could not have held more
-        crc = zlib.crc32(bytes(min(left, 1 << 20)), crc)
-        left -= min(left, 1 << 20)
-    return crc
-
-
 def _stamps(plan: Plan) -> list[list[int]]:
     """Size and mtime of the source files, to notice a source that changes between two runs."""
     stats = [os.stat(h.path) for h in plan.source.headers]
     return [[s.st_size, s.st_mtime_ns] for s in stats]
-
-
-def _check_not_inside(src: str, dst: str) -> None:
-    source, target = os.path.realpath(src), os.path.realpath(dst)
-    if os.path.isdir(source) and (source == target or target.startswith(source + os.sep)):
-        raise UsageError(f"{dst}: lies inside the source {src}: choose another destination")
-    if source.startswith(target + os.sep):
-        raise UsageError(f"{src}: lies inside the destination {dst}: choose another destination")
-
-
-def _write_small(path: str, data: bytes) -> None:
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as stream:
-            stream.write(data)
-    except OSError as error:
-        raise storage_error(path, error, "writing") from None
-
-
-def _fsync_tree(root: str) -> None:
-    for folder, _, names in os.walk(root):
-        for path in (*(os.path.join(folder, n) for n in names), folder):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise storage_error(path, error, "making it durable") from None
-            finally:
-                os.close(fd)

@@ -77,7 +77,7 @@ class TensorReader:
             buffer[:] = tensor.inline[offset : offset + len(buffer)]
             return
         fd = self._table.fd(tensor.path)
-        for at, part in _pieces(tensor.extents, offset, buffer):
+        for at, part in pieces_of(tensor.extents, offset, buffer):
             read_fully(fd, tensor.path, at, part)
 
 
@@ -91,7 +91,7 @@ class PlaceWriter:
         """The same bytes into every replica."""
         for path, extents in self._places:
             fd = self._table.fd(path)
-            for at, part in _pieces(extents, offset, data):
+            for at, part in pieces_of(extents, offset, data):
                 write_fully(fd, path, at, part)
 
 
@@ -106,7 +106,7 @@ class MemoryWriter:
         self._buffer[offset : offset + len(data)] = data
 
 
-def _pieces(extents: Sequence[Extent], offset: int, buffer: memoryview) -> list[tuple[int, memoryview]]:
+def pieces_of(extents: Sequence[Extent], offset: int, buffer: memoryview) -> list[tuple[int, memoryview]]:
     """(file offset, part of the buffer) for bytes `offset` ... of a tensor that lies in `extents`."""
     first = extents[0]
     if offset + len(buffer) <= first.nbytes:
@@ -122,6 +122,19 @@ def _pieces(extents: Sequence[Extent], offset: int, buffer: memoryview) -> list[
         else:
             offset = max(0, offset - extent.nbytes)
     return found
+
+
+def read_part(table: FileTable, tensor: Tensor, offset: int, nbytes: int) -> bytes:
+    """Some bytes of a stored tensor."""
+    buffer = bytearray(nbytes)
+    if buffer:
+        TensorReader(table, tensor).read_into(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def read_tensor(table: FileTable, tensor: Tensor) -> bytes:
+    """All bytes of a (small) tensor."""
+    return read_part(table, tensor, 0, tensor.nbytes)
 
 
 def read_fully(fd: int, path: str, offset: int, buffer: memoryview) -> None:

@@ -1,6 +1,6 @@
 """Lays the destination out: which file holds which box of which tensor.  Pure: no I/O, no numpy.
 
-May import formats, strategy, states, source (layout_of), tensors, views, errors.
+May import formats, strategy, states, ranks (layout_of), tensors, views, errors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError, Problems, UsageError, name_some
 from transform_ckpt.formats import ckpt, safetensors
 from transform_ckpt.formats.mindspore_unified import lay_out_parts
-from transform_ckpt.source import layout_of
+from transform_ckpt.ranks import layout_of
 from transform_ckpt.states import is_state, split_optimizer
 from transform_ckpt.tensors import Logical, Skeleton, Source, Target, TargetFile, TensorSpec
 from transform_ckpt.views import Box, whole

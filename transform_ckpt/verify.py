@@ -6,47 +6,16 @@ May import planner, store, manifest, formats.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transform_ckpt import manifest
+from transform_ckpt.digests import range_digest
 from transform_ckpt.errors import InputError, TransformError
 from transform_ckpt.formats import container_of, read_header
 from transform_ckpt.formats.files import open_binary, storage_error, xxh3
-from transform_ckpt.planner import Plan
-from transform_ckpt.store import FileTable, _pieces, read_fully
-from transform_ckpt.tensors import Extent, FileHeader
-from transform_ckpt.views import row_major
-
-_BUFFER_NBYTES = 1 << 20
-
-
-def part_ranges(plan: Plan, unit: int) -> Iterator[tuple[int, int, int, int]]:
-    """(group, write, first byte in the target tensor, nbytes) of every part a unit writes, in the journal's order."""
-    for task in plan.units[unit]:
-        component = plan.groups[task.group].component
-        for index in plan.active(task):
-            box = component.writes[index].box
-            low, high = max(task.start, box.start[0]), min(task.stop, box.start[0] + box.size[0])
-            row_nbytes = row_major(box.size)[0]
-            yield task.group, index, (low - box.start[0]) * row_nbytes, (high - low) * row_nbytes
-
-
-def range_digest(table: FileTable, path: str, extents: Sequence[Extent], at: int, nbytes: int) -> str:
-    """XXH3-128 of some bytes of a stored tensor."""
-    import xxhash
-
-    hasher = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(_BUFFER_NBYTES, max(nbytes, 1))))
-    fd = table.fd(path)
-    end = at + nbytes
-    while at < end:
-        part = buffer[: min(len(buffer), end - at)]
-        for offset, piece in _pieces(extents, at, part):
-            read_fully(fd, path, offset, piece)
-        hasher.update(part)
-        at += len(part)
-    return hasher.hexdigest()
+from transform_ckpt.store import FileTable
+from transform_ckpt.tensors import FileHeader
 
 
 def check_tree(root: str, found: Mapping[str, Any]) -> list[str]:

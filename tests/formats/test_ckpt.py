@@ -14,7 +14,8 @@ import pytest
 
 from tests import support
 from tests.formats.conformance import ContainerConformance, content_of, filled, stored_bytes
-from transform_ckpt import dtypes, execute
+from transform_ckpt import crc as checksums
+from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError
 from transform_ckpt.formats import ckpt
 from transform_ckpt.tensors import FileHeader, Skeleton, TargetFile, TensorSpec
@@ -53,7 +54,7 @@ def write(path: Path, specs: Sequence[TensorSpec], values: dict[str, bytes], *, 
     """One of our files, its crc trailer filled as the executor does."""
     skeleton = ckpt.skeleton(specs, crc=crc)
     path.write_bytes(filled(skeleton, values))
-    execute.write_crc(str(path), TargetFile(path.name, ckpt.FORMAT, skeleton, tuple(specs), {}))
+    checksums.write_crc(str(path), TargetFile(path.name, ckpt.FORMAT, skeleton, tuple(specs), {}))
     return path
 
 
@@ -112,7 +113,7 @@ class TestCkpt(ContainerConformance):
         data = write(path, specs, values, crc=True).read_bytes()
         header = ckpt.read_header(str(path))
         assert header.crc_nbytes == len(data) - ckpt.CRC_NBYTES
-        execute.check_crc(header)
+        checksums.check_crc(header)
         boundaries = set(self.boundaries(ckpt.skeleton(specs, crc=True)))
         for size in range(len(data)):
             if size in boundaries:
@@ -134,7 +135,7 @@ class TestCkpt(ContainerConformance):
             except InputError:
                 continue
             with pytest.raises(InputError, match=r"crc_check value is \d+, its bytes give \d+: the file is damaged"):
-                execute.check_crc(header)
+                checksums.check_crc(header)
 
     # --------------------------------------------------------------------------------------------- wire format
 
@@ -295,7 +296,7 @@ class TestCkpt(ContainerConformance):
         assert [t.spec() for t in header.tensors.values()] == specs
         assert (header.crc32 is not None) == crc
         if crc:
-            execute.check_crc(header)
+            checksums.check_crc(header)
 
     def test_ours_reads_mindspore(self, ms: ModuleType, path: Path) -> None:
         values = arrays(2)
@@ -348,7 +349,7 @@ class TestCkpt(ContainerConformance):
             assert header.tensors[name].shape == array.shape
             assert stored_bytes(data, header.tensors[name]) == array.tobytes()
         if crc:
-            execute.check_crc(header)
+            checksums.check_crc(header)
         if not asynchronous:
             monkeypatch.setattr(ckpt, "SLICE_NBYTES", 1024)
             specs = [t.spec() for t in header.tensors.values()]

@@ -15,7 +15,8 @@ import pytest
 
 from tests import support
 from tests.formats.conformance import ContainerConformance, content_of, filled, stored_bytes
-from transform_ckpt import dtypes, execute
+from transform_ckpt import crc as checksums
+from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError
 from transform_ckpt.formats import safetensors
 from transform_ckpt.tensors import Skeleton, TensorSpec
@@ -308,13 +309,13 @@ class TestSafetensors(ContainerConformance):
             name: array.tobytes() for name, array in values.items()
         }
         if crc:
-            execute.check_crc(header)
+            checksums.check_crc(header)
             for name in ("f", "b", "s"):
                 damaged = bytearray(path.read_bytes())
                 damaged[header.tensors[name].extents[0].offset_bytes] ^= 1
                 path.write_bytes(damaged)
                 with pytest.raises(InputError, match="crc_check value"):
-                    execute.check_crc(safetensors.read_header(str(path)))
+                    checksums.check_crc(safetensors.read_header(str(path)))
 
     @pytest.mark.parametrize("value", [0, 1, 5, 1_048_577, 3_000_000])
     def test_crc_of_integers_of_no_dimension(self, ms: ModuleType, path: Path, value: int) -> None:
@@ -325,13 +326,13 @@ class TestSafetensors(ContainerConformance):
         ]
         ms.save_checkpoint(parameters, str(path), crc_check=True, format="safetensors", append_dict={"epoch": 7})
         ms.load_checkpoint(str(path), crc_check=True, format="safetensors")
-        execute.check_crc(safetensors.read_header(str(path)))
+        checksums.check_crc(safetensors.read_header(str(path)))
 
     def test_crc_of_an_absurd_step(self, path: Path) -> None:
         """A damaged step must not make us count to 2**63."""
         header = {"__metadata__": {"crc_num": "1"}, "step": entry("I64", [], [0, 8])}
         with pytest.raises(InputError, match="crc_check value is 1"):
-            execute.check_crc(self.read(path, raw(header, b"\xff" * 8)))
+            checksums.check_crc(self.read(path, raw(header, b"\xff" * 8)))
 
     def test_packed_four_bit_values(self, ms: ModuleType, path: Path) -> None:
         packed = np.arange(6, dtype=np.int8).reshape(2, 3)

@@ -18,7 +18,8 @@ import pytest
 
 from tests.hostile import driver
 from tests.hostile.driver import Case, assert_done, assert_refused, make_case, run, spawn, tree, untouched
-from transform_ckpt import execute
+from transform_ckpt import destination, execute
+from transform_ckpt.errors import UsageError
 
 MOUNT, UMOUNT = shutil.which("mount") or "/bin/mount", shutil.which("umount") or "/bin/umount"
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
@@ -375,18 +376,18 @@ def test_overwrite_replaces_at_the_end_only(case: Case, monkeypatch: pytest.Monk
     """With and without a kernel that can swap two names; a failed swap leaves the old output."""
     old = driver.old_output(case.dst)
     seen: list[bool] = []
-    real = execute._give_name
+    real = execute.give_name
 
     def look(path: str, dst: str) -> str | None:
         seen.append(tree(case.dst) == old)
         return real(path, dst)
 
-    monkeypatch.setattr(execute, "_give_name", look)
+    monkeypatch.setattr(execute, "give_name", look)
     assert_done(run(case.args("--overwrite")))
     assert seen == [True]
     whole = tree(case.dst)
     alone(case, "out")
-    monkeypatch.setattr(execute, "_exchange", lambda *_: False)
+    monkeypatch.setattr(destination, "_exchange", lambda *_: False)
     assert_done(run(case.args("--overwrite")))
     assert tree(case.dst) == whole
     alone(case, "out")
@@ -438,3 +439,19 @@ def test_the_old_output_survives_every_kind_of_failure_of_a_process(case: Case) 
     assert done.returncode == 2
     assert tree(case.dst) == before
     shutil.rmtree(case.dst)
+
+
+@pytest.mark.parametrize("precious", ["home", "above", "git"])
+def test_overwrite_refuses_what_nobody_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precious: str) -> None:
+    dst = tmp_path / "dst"
+    (dst / "below").mkdir(parents=True)
+    match precious:
+        case "home":
+            monkeypatch.setenv("HOME", str(dst))
+        case "above":
+            monkeypatch.chdir(dst / "below")
+        case _:
+            (dst / ".git").mkdir()
+    with pytest.raises(UsageError, match="which --overwrite does not replace"):
+        destination.check_destination(str(dst), overwrite=True)
+    assert (dst / "below").is_dir()

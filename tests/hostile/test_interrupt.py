@@ -386,15 +386,15 @@ def test_a_run_that_comes_while_the_other_takes_its_name(
     case: Case, whole: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lock is held until the output has its name, or the second would begin to clear the first one's files."""
-    real = execute._give_name
+    real = execute.give_name
     seen: list[Run] = []
 
     def second(path: str, dst: str) -> str | None:
-        monkeypatch.setattr(execute, "_give_name", real)
+        monkeypatch.setattr(execute, "give_name", real)
         seen.append(run(case.args("--crc")))
         return real(path, dst)
 
-    monkeypatch.setattr(execute, "_give_name", second)
+    monkeypatch.setattr(execute, "give_name", second)
     assert_done(run(case.args("--crc")))
     assert_refused(seen[0], 2, partial(case), "another run is writing")
     assert tree(case.dst) == whole

@@ -102,8 +102,7 @@ def _answer(
 
 
 def _value(logical: Any) -> Any:
-    from transform_ckpt.store import FileTable
-    from transform_ckpt.values import read_tensor
+    from transform_ckpt.store import FileTable, read_tensor
 
     tensor = logical.pieces[0].tensor
     if tensor.nbytes > 64 and tensor.inline is None:

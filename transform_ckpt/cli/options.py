@@ -59,6 +59,12 @@ plan_flags = together(
     click.option("--crc", is_flag=True, help="Write the crc_check trailer of .ckpt files."),
     click.option("--no-optimizer", is_flag=True, help="Drop optimizer states (adam_m., adam_v., accu_grads. ...)."),
     click.option("--carry", multiple=True, metavar="PATTERN", help="Names that may be in no strategy (repeatable)."),
+    click.option(
+        "--allow-missing",
+        multiple=True,
+        metavar="PATTERN",
+        help="Names that the source strategy lists and no file needs to hold (repeatable).",
+    ),
 )
 
 run_flags = together(

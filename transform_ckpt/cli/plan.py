@@ -45,13 +45,14 @@ def plan_options(flags: dict[str, Any]) -> dict[str, Any]:
         "crc": flags["crc"],
         "optimizer": not flags["no_optimizer"],
         "carry": flags["carry"],
+        "allow_missing": flags["allow_missing"],
     }
 
 
 def show_plan(src: str, dst: str, options: dict[str, Any], *, overwrite: bool, as_json: bool) -> None:
     """Print the plan and what stands in its way now; UsageError when DST is occupied."""
     from transform_ckpt import api
-    from transform_ckpt.execute import check_destination, free_nbytes
+    from transform_ckpt.destination import check_destination, free_nbytes
 
     check_destination(dst, overwrite=overwrite)
     plan = api.plan(src, **options)

@@ -50,8 +50,8 @@ def check(
     from transform_ckpt import api, manifest
     from transform_ckpt.cli.progress import progress
     from transform_ckpt.compare import compare, replica_differences
+    from transform_ckpt.crc import check_crc
     from transform_ckpt.errors import InputError
-    from transform_ckpt.execute import check_crc
     from transform_ckpt.verify import check_tree, headers_of
 
     faults: list[str] = []

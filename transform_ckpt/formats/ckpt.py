@@ -32,7 +32,7 @@ _ENCRYPTION_MAGIC = {
     bytes.fromhex("da5e3a7f"): "SM4-CBC",
 }
 _WINDOW = 4096
-_MAX_NDIM, _MAX_LENGTH = 64, 1 << 63
+_MAX_NDIM, _MAX_LENGTH, _MAX_NAME_NBYTES = 64, 1 << 63, 1 << 20
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -112,7 +112,7 @@ class _Value:
 def _text(cursor: _Cursor, end: int) -> str:
     stop = cursor.length(end)
     start = cursor.at
-    if stop - start > _WINDOW:
+    if stop - start > _MAX_NAME_NBYTES:
         raise _DamagedError(start, f"a name of {stop - start:,} bytes")
     try:
         return cursor.take(stop - start, end).decode()

@@ -1,0 +1,70 @@
+"""MindSpore's own checksums (crc_check=True) of .ckpt and safetensors files: checked on sources, written on request."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+from transform_ckpt.errors import InputError
+from transform_ckpt.formats import ckpt, safetensors
+from transform_ckpt.store import read_fully, write_fully
+from transform_ckpt.tensors import FileHeader, TargetFile, Tensor
+
+
+def write_crc(path: str, file: TargetFile) -> None:
+    """Fill the crc trailer of a .ckpt that has room for one."""
+    if file.header_format != ckpt.FORMAT or not file.skeleton.chunks:
+        return
+    if not file.skeleton.chunks[-1][1].startswith(ckpt.CRC_MARK):
+        return
+    end = file.skeleton.nbytes - ckpt.CRC_NBYTES
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        crc = crc32_of(fd, path, 0, end)
+        trailer = ckpt.CRC_MARK + crc.to_bytes(ckpt.CRC_NBYTES - len(ckpt.CRC_MARK), "big")
+        write_fully(fd, path, end, memoryview(trailer))
+    finally:
+        os.close(fd)
+
+
+def crc32_of(fd: int, path: str, start: int, nbytes: int, crc: int = 0) -> int:
+    """crc32 of a range of a file, through one buffer."""
+    buffer = memoryview(bytearray(min(max(nbytes, 1), 1 << 20)))
+    at = start
+    while at < start + nbytes:
+        part = buffer[: min(len(buffer), start + nbytes - at)]
+        read_fully(fd, path, at, part)
+        crc = zlib.crc32(part, crc)
+        at += len(part)
+    return crc
+
+
+def check_crc(header: FileHeader) -> None:
+    """InputError when a file's own checksum does not fit its bytes."""
+    fd = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if header.format == safetensors.FORMAT:
+            found = 0
+            for name in sorted(n for n, t in header.tensors.items() if t.inline is None):
+                found = _tensor_crc32(fd, header.tensors[name], zlib.crc32(name.encode(), found))
+        else:
+            found = crc32_of(fd, header.path, 0, header.crc_nbytes)
+    finally:
+        os.close(fd)
+    if found != header.crc32:
+        raise InputError(
+            f"{header.path}: its crc_check value is {header.crc32}, its bytes give {found}: the file is damaged: "
+            "fetch or save it again"
+        )
+
+
+def _tensor_crc32(fd: int, tensor: Tensor, crc: int) -> int:
+    """As MindSpore computes it, by Python's bytes(array): for an integer n of shape () that is n zeros."""
+    extent = tensor.extents[0]
+    if tensor.shape or tensor.dtype[0] not in "IU":
+        return crc32_of(fd, tensor.path, extent.offset_bytes, extent.nbytes, crc)
+    left = int.from_bytes(os.pread(fd, extent.nbytes, extent.offset_bytes), "little")
+    while 0 < left < 1 << 40:  # MindSpore could not have held more
+        crc = zlib.crc32(bytes(min(left, 1 << 20)), crc)
+        left -= min(left, 1 << 20)
+    return crc
