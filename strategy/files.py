@@ -7,7 +7,6 @@ checkpoint of many gigabytes given by mistake.  May import only transform_ckpt.e
 from __future__ import annotations
 
 import os
-import secrets
 from contextlib import suppress
 
 from transform_ckpt.errors import InputError, StorageError
@@ -95,7 +94,7 @@ def write_atomically(path: str, data: bytes) -> None:
     StorageError (its cause is the OSError) leaves what was there before.
     """
     directory, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(directory, f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = os.path.join(directory, f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
         os.makedirs(directory, exist_ok=True)
         try:

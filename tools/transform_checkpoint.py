@@ -6,7 +6,7 @@ import sys
 # this script's own directory comes first on sys.path and would hide the package transform_ckpt
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from transform_ckpt.cli import dropin  # noqa: E402
+from transform_ckpt.cli import dropin, leave  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(dropin.transform_checkpoint())
+    leave(dropin.transform_checkpoint())
