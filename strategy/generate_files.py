@@ -25,15 +25,22 @@ def write_rank_files(strategy: Strategy, directory: str) -> list[str]:
     Files of the same names are replaced; UsageError where others are, which readers would take for ranks of this one.
     """
     directory = os.fspath(directory)
-    names = [RANK_FILE.format(rank=rank) for rank in range(strategy.world)]
-    _check_no_others(directory, {*names, MERGED_FILE})
-    parts = {number: stage_document(strategy, number, directory) for number in range(len(strategy.stages))}
+    contents = rank_file_contents(strategy, directory)
+    _check_no_others(directory, set(contents))
+    for name, data in contents.items():
+        write_atomically(os.path.join(directory, name), data)
+    return [os.path.join(directory, name) for name in contents]
+
+
+def rank_file_contents(strategy: Strategy, origin: str = "") -> dict[str, bytes]:
+    """File name -> bytes: every rank's file in rank order, then the merged one.  `origin` is for messages."""
+    found: dict[str, bytes] = {}
+    parts = {number: stage_document(strategy, number, origin) for number in range(len(strategy.stages))}
     for number, part in parts.items():
         data = encode(part, "protobuf")
-        for rank in strategy.ranks(number):
-            write_atomically(os.path.join(directory, names[rank]), data)
-    write_atomically(os.path.join(directory, MERGED_FILE), encode(merged_document(parts), "protobuf"))
-    return [os.path.join(directory, name) for name in [*names, MERGED_FILE]]
+        found |= {RANK_FILE.format(rank=rank): data for rank in strategy.ranks(number)}
+    found[MERGED_FILE] = encode(merged_document(parts), "protobuf")
+    return found
 
 
 def _check_no_others(directory: str, ours: set[str]) -> None:

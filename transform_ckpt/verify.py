@@ -17,6 +17,9 @@ from transform_ckpt.formats.files import open_binary, storage_error, xxh3
 from transform_ckpt.store import FileTable
 from transform_ckpt.tensors import FileHeader
 
+STRATEGY_DIRECTORY = "strategy"
+"""Of a destination whose strategy was generated: its files end in .ckpt and hold no tensors."""
+
 
 def check_tree(root: str, found: Mapping[str, Any]) -> list[str]:
     """What differs between a directory and its manifest: one line per fault, empty when all is as it was written."""
@@ -36,7 +39,7 @@ def check_tree(root: str, found: Mapping[str, Any]) -> list[str]:
 
 def _tensor_files(root: str) -> list[str]:
     names = (os.path.relpath(os.path.join(d, n), root) for d, _, files in os.walk(root) for n in files)
-    return sorted(n for n in names if container_of(n))
+    return sorted(n for n in names if container_of(n) and not n.startswith(STRATEGY_DIRECTORY + os.sep))
 
 
 def _check_file(table: FileTable, path: str, relpath: str, entry: Mapping[str, Any]) -> list[str]:

@@ -51,6 +51,11 @@ plan_flags = together(
     click.option("--to", "to_format", type=click.Choice(FORMATS), required=True, help="Destination format."),
     click.option("--src-strategy", metavar="FILE|DIR", help="Strategy of SRC; absent or None: complete weights."),
     click.option("--dst-strategy", metavar="FILE|DIR", help="Strategy of DST; absent or None: complete weights."),
+    click.option(
+        "--dst-parallel",
+        metavar="dp=2,mp=4,pp=2,...",
+        help="Generate the strategy of DST by rule (keys: docs/resharding.md); written to DST/strategy.",
+    ),
     click.option("--step", type=int, help="Which step, where SRC holds several (default: the highest all ranks have)."),
     click.option("--format", "container", type=click.Choice(["ckpt", "safetensors"]), help="Default: the source's."),
     click.option("--prefix", default="checkpoint_", show_default=True, help="Output is rank_I/{prefix}I.{format}."),

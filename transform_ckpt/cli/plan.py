@@ -37,6 +37,7 @@ def plan_options(flags: dict[str, Any]) -> dict[str, Any]:
     return {
         "src_strategy": flags["src_strategy"],
         "dst_strategy": flags["dst_strategy"],
+        "dst_parallel": flags["dst_parallel"],
         "container": flags["container"],
         "step": flags["step"],
         "prefix": flags["prefix"],
