@@ -19,7 +19,7 @@ from transform_ckpt.planner import Plan
 from transform_ckpt.source import CHECKPOINT_2, detect, open_source
 from transform_ckpt.target import TargetOptions, lay_out
 from transform_ckpt.tensors import SmallFile, Source
-from transform_ckpt.verify import STRATEGY_DIRECTORY
+from transform_ckpt.verify import STRATEGY_DIRECTORY, check_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +87,7 @@ def plan(
     holds.  Raises InputError (bad source or strategy) and PlanError (ambiguous or incomplete).
     """
     source = open_checkpoint(src, src_strategy, step, allow_missing)
+    check_source(source, full=False)
     strategy, small = _destination_strategy(source, dst_strategy, dst_parallel)
     chosen = container or _container_of(source, only_safetensors=unified or checkpoint_2)
     if chosen not in ("ckpt", "safetensors"):
@@ -151,6 +152,9 @@ def convert(
     options = run_options or RunOptions()
     check_destination(os.fspath(dst), overwrite=options.overwrite)
     made = plan(src, **plan_options)
+
+    if verify:
+        check_source(made.source, full=True)
 
     def check(path: str) -> None:
         written = os.path.join(path, STRATEGY_DIRECTORY) if plan_options.get("dst_parallel") else None

@@ -12,10 +12,10 @@ from typing import Any
 from transform_ckpt import manifest
 from transform_ckpt.digests import range_digest
 from transform_ckpt.errors import InputError, TransformError
-from transform_ckpt.formats import container_of, read_header
+from transform_ckpt.formats import READERS, container_of, read_header
 from transform_ckpt.formats.files import open_binary, storage_error, xxh3
 from transform_ckpt.store import FileTable
-from transform_ckpt.tensors import FileHeader
+from transform_ckpt.tensors import FileHeader, Source
 
 STRATEGY_DIRECTORY = "strategy"
 """Of a destination whose strategy was generated: its files end in .ckpt and hold no tensors."""
@@ -37,6 +37,31 @@ def check_tree(root: str, found: Mapping[str, Any]) -> list[str]:
     return faults
 
 
+def check_source(source: Source, *, full: bool) -> None:
+    """A source that this tool wrote must still be what it wrote: sizes and headers, with `full` every byte.
+
+    InputError names the files that are not.  Sources without a manifest have nothing to be checked against.
+    """
+    found = manifest.read(source.root) if os.path.isdir(source.root) else None
+    if found is None:
+        return
+    faults: list[str] = []
+    table = FileTable(os.O_RDONLY)
+    try:
+        for header in source.headers:
+            relpath = os.path.relpath(header.path, source.root)
+            entry = found["files"].get(relpath)
+            if entry is not None and header.format in READERS:
+                faults += _check_file(table, header.path, relpath, entry if full else {**entry, "tensors": None})
+    finally:
+        table.close()
+    if faults:
+        raise InputError(
+            f"{source.root}: is not what {manifest.NAME} says was written: {'; '.join(faults[:5])}: fetch or make it "
+            f"again, or delete {manifest.NAME} when the change is meant"
+        )
+
+
 def _tensor_files(root: str) -> list[str]:
     names = (os.path.relpath(os.path.join(d, n), root) for d, _, files in os.walk(root) for n in files)
     return sorted(n for n in names if container_of(n) and not n.startswith(STRATEGY_DIRECTORY + os.sep))
@@ -54,6 +79,8 @@ def _check_file(table: FileTable, path: str, relpath: str, entry: Mapping[str, A
         return [str(error)]
     faults = [] if header_bytes_digest(header) == entry["header"] else [f"{relpath}: its header was changed"]
     wanted = entry["tensors"]
+    if wanted is None:
+        return faults
     stored = {name for name, tensor in header.tensors.items() if tensor.inline is None}
     faults += [f"{relpath}: {name!r} is missing" for name in sorted(wanted.keys() - stored)]
     faults += [f"{relpath}: {name!r} was added" for name in sorted(stored - wanted.keys())]

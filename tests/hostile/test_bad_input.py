@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import transform_ckpt
 from tests import support
 from tests.hostile import driver
 from tests.hostile.driver import Case, Model, assert_done, assert_refused, make_case, run, untouched
-from transform_ckpt.formats import read_header
+from transform_ckpt.errors import InputError
+from transform_ckpt.formats import ckpt, read_header
 
 LAYOUTS = {"opt": (2, 1, 4, 2), "dp": (2, 1, 4), "mp": (1, 2, 2), "pp": (1, 1, 4)}
 
@@ -681,3 +683,23 @@ def test_golden_rank_missing_and_truncated(golden: Path, tmp_path: Path) -> None
         path.unlink()
         assert_refused(run(args), 4, "no checkpoint file in the directories of ranks 2", "ranks 3 hold only a part")
         assert driver.litter(tmp_path, "ckpt", "safetensors") == []
+
+
+def test_a_source_of_ours_that_was_damaged(golden: Path, tmp_path: Path) -> None:
+    """Our own output as a source: its header is checked always, its bytes with --verify."""
+    made = tmp_path / "made"
+    transform_ckpt.convert(golden / "mindspore" / "src_ckpt" / "C", made)
+    path = made / "rank_0" / "checkpoint_0.ckpt"
+    clean = path.read_bytes()
+    damaged = bytearray(clean)
+    damaged[ckpt.read_header(str(path)).tensors["lm_head.weight"].extents[0].offset_bytes] ^= 1
+    path.write_bytes(damaged)
+    transform_ckpt.plan(made)
+    with pytest.raises(InputError, match=r"the bytes of 'lm_head.weight' are not what was written"):
+        transform_ckpt.convert(made, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
+    path.write_bytes(clean.replace(b"lm_head", b"lm_haed"))
+    with pytest.raises(InputError, match=r"its header was changed.*or delete transform_ckpt.json"):
+        transform_ckpt.plan(made)
+    (made / "transform_ckpt.json").unlink()
+    transform_ckpt.convert(made, tmp_path / "out", verify=True)
