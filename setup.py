@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION = (ROOT / "transform_ckpt" / "version.py").read_text(encoding="utf-8").split('VERSION = "')[1].split('"')[0]
 BASE = [
     "numpy>=1.24,<3",
+    "pyyaml>=6.0",
     "click>=8.1",
     "xxhash>=3.4",
     "ml_dtypes>=0.4",

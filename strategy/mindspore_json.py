@@ -13,7 +13,7 @@ import json
 from typing import Any, NoReturn
 
 from strategy.document import Document, LayoutReader, Node, written_tensor_map
-from transform_ckpt.errors import InputError
+from transform_ckpt.errors import InputError, first_twice
 from transform_ckpt.views import Shape
 
 _NODES, _LAYOUTS = "parallel_strategy_item", "parallel_layout_item"
@@ -65,9 +65,7 @@ def _parse(data: bytes) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for at, key in enumerate(keys) if key in keys[:at])
-        raise _BadItemError(f"key {twice!r} is there twice")
+        raise _BadItemError(f"key {first_twice(key for key, _ in pairs)!r} is there twice")
     return found
 
 

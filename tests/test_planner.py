@@ -279,3 +279,15 @@ def test_read_and_write_offsets_of_a_known_case() -> None:
     array = np.arange(48, dtype=np.uint8).reshape(4, 6, 2)
     plan = build(source_of({"w": held}), target_of({"w": wanted}))
     assert carry_out(plan, stored("w", held, array))[1, "w"] == bytes(range(24, 48))
+
+
+def test_a_leading_axis_of_one_row_does_not_make_one_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "UNIT_NBYTES", 64)
+    shape = (1, 64, 8)
+    halves = ((0, Box((0, 0, 0), (1, 64, 4))), (1, Box((0, 0, 4), (1, 64, 4))))
+    held = Held("F32", shape, halves)
+    wanted = {"w": Held("F32", shape, replicated(shape, 1))}
+    array = content(held)
+    plan = build(source_of({"w": held}), target_of(wanted))
+    assert len(plan.units) == 64 * 8 * 4 // 64
+    assert_filled(plan, wanted, {"w": array}, carry_out(plan, stored("w", held, array)))

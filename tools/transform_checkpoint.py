@@ -4,7 +4,7 @@ import os
 import sys
 
 # this script's own directory comes first on sys.path and would hide the package transform_ckpt
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 from transform_ckpt.cli import dropin, leave  # noqa: E402
 

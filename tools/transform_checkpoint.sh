@@ -7,7 +7,7 @@ if [ "$#" -lt 6 ] || [ "$#" -gt 7 ]; then
   echo "usage: $0 SRC_CHECKPOINT SRC_STRATEGY|None DST_DIR DST_STRATEGY|None WORLD_SIZE PROCESS_NUM [PREFIX]" >&2
   exit 2
 fi
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 python=${PYTHON:-python3}
 [ -x "$here/../.venv/bin/python" ] && [ -z "${PYTHON:-}" ] && python="$here/../.venv/bin/python"
 mkdir -p log || exit 5

@@ -180,7 +180,8 @@ def verify_output(
 
     described = made.target.format == CHECKPOINT_2
     try:
-        reopened = open_checkpoint(dst, None if described else dst_strategy)
+        # a name that the source lacks, too, may be missing; what only the output lacks, the comparison names
+        reopened = open_checkpoint(dst, None if described else dst_strategy, allow_missing=("*",))
     except (InputError, PlanError) as error:
         raise DifferenceError(f"{dst}: 1 differences from the source: it cannot be read again: {error}") from None
     check_output(made, dst, reopened, progress)
@@ -195,11 +196,13 @@ def load(
     step: int | None = None,
     optimizer: bool = True,
     carry: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
 ) -> Iterator[tuple[str, np.ndarray[Any, Any] | str]]:
     """One rank's parameters under `dst_strategy`, straight from the source: (name, array or string), nothing written.
 
     Arrays are C-ordered NumPy arrays that own their memory; bfloat16 and float8 have ml_dtypes types.  Only the bytes
-    that the rank needs are read, one parameter at a time.
+    that the rank needs are read, one parameter at a time.  `carry` and `allow_missing` as for `plan`; raises InputError
+    and PlanError at the call, StorageError while reading.
     """
     from transform_ckpt.memory import load_rank
 
@@ -207,7 +210,7 @@ def load(
     world = target.world if target else 1
     if not 0 <= rank < world:
         raise InputError(f"rank {rank} of a destination strategy for {world} ranks")
-    source = open_checkpoint(src, src_strategy, step)
+    source = open_checkpoint(src, src_strategy, step, allow_missing)
     laid_out = lay_out(source, target, TargetOptions("ckpt", optimizer=optimizer, carry=tuple(carry)))
     return load_rank(source, laid_out, rank)
 

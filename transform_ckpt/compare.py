@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from transform_ckpt import dtypes, manifest, planner
 from transform_ckpt.errors import DifferenceError
@@ -17,7 +18,7 @@ from transform_ckpt.planner import Group, Plan
 from transform_ckpt.store import FileTable, TensorReader, Writer
 from transform_ckpt.tensors import Logical, Piece, Skeleton, Source, Target, TargetFile, TensorSpec
 from transform_ckpt.verify import check_tree
-from transform_ckpt.views import whole
+from transform_ckpt.views import Box, whole
 
 CHUNK_NBYTES = 4 << 20
 
@@ -164,29 +165,41 @@ class _Capture:
 
 def replica_differences(source: Source, progress: Progress | None = None) -> Iterator[Difference]:
     """Copies of one slice on several ranks that are not the same bytes."""
-    copies: dict[int, dict[str, Logical]] = {}
+    copies: dict[int, dict[str, tuple[Piece, ...]]] = {}
     for name, logical in logicals(source).items():
-        by_box: dict[object, list[Piece]] = {}
-        for piece in logical.pieces:
-            by_box.setdefault(piece.box, []).append(piece)
-        for number, pieces in enumerate(zip(*_padded(list(by_box.values())), strict=True)):
-            copies.setdefault(number, {})[name] = replace(logical, pieces=tuple(pieces))
+        numbers = _copy_numbers(tuple(piece.box for piece in logical.pieces))
+        for number in range(max(numbers, default=0) + 1):
+            mine = (piece for piece, n in zip(logical.pieces, numbers, strict=True) if n == number)
+            copies.setdefault(number, {})[name] = tuple(mine)
     first = copies.pop(0, {})
+    known = logicals(source)
     for number, others in sorted(copies.items()):
-        names = list(others)
-        a = replace(source, params={n: first[n] for n in names}, states={})
-        b = replace(source, params=others, states={})
-        for found in compare(a, b, names=names, progress=progress):
-            ranks = sorted({p.rank for p in others[found.name].pieces} | {p.rank for p in first[found.name].pieces})
+        # what a copy does not hold comes from the first that does: a plan takes every element from its first holder
+        params = {n: replace(known[n], pieces=(*mine, *known[n].pieces)) for n, mine in others.items()}
+        for found in compare(source, replace(source, params=params, states={}), names=[*others], progress=progress):
+            ranks = sorted({p.rank for p in (*others[found.name], *first[found.name])})
             yield Difference(
                 found.name, "replica", f"its copies on ranks {ranks} differ (copy 0 and {number}): {found.detail}"
             )
 
 
-def _padded(lists: list[list[Piece]]) -> list[list[Piece]]:
-    """Lists of equal length, short ones repeating their first."""
-    length = max(map(len, lists), default=0)
-    return [[*found, *[found[0]] * (length - len(found))] for found in lists]
+@lru_cache(maxsize=256)
+def _copy_numbers(boxes: tuple[Box, ...]) -> tuple[int, ...]:
+    """The copy of the tensor that each box is counted to; boxes of one copy share no element.
+
+    Equal boxes are replicas; others overlap where stages cut a tied parameter in different ways.
+    """
+    copies: list[set[Box]] = []
+    numbers: list[int] = []
+    for box in boxes:
+        number = next(
+            (n for n, held in enumerate(copies) if box not in held and not any(map(box.intersect, held))), len(copies)
+        )
+        if number == len(copies):
+            copies.append(set())
+        copies[number].add(box)
+        numbers.append(number)
+    return tuple(numbers)
 
 
 def check_output(plan: Plan, dst: str, reopened: Source, progress: Progress | None = None) -> None:

@@ -7,18 +7,26 @@ import zlib
 
 from transform_ckpt.errors import InputError
 from transform_ckpt.formats import ckpt, safetensors
+from transform_ckpt.formats.files import open_binary, storage_error
 from transform_ckpt.store import read_fully, write_fully
 from transform_ckpt.tensors import FileHeader, TargetFile, Tensor
 
 
+def has_trailer(file: TargetFile) -> bool:
+    """Is this a .ckpt with room for a crc?"""
+    chunks = file.skeleton.chunks
+    return file.header_format == ckpt.FORMAT and bool(chunks) and chunks[-1][1].startswith(ckpt.CRC_MARK)
+
+
 def write_crc(path: str, file: TargetFile) -> None:
-    """Fill the crc trailer of a .ckpt that has room for one."""
-    if file.header_format != ckpt.FORMAT or not file.skeleton.chunks:
-        return
-    if not file.skeleton.chunks[-1][1].startswith(ckpt.CRC_MARK):
+    """Fill the crc trailer of a .ckpt that has room for one, whose tensors are there; StorageError."""
+    if not has_trailer(file):
         return
     end = file.skeleton.nbytes - ckpt.CRC_NBYTES
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise storage_error(path, error, "writing its crc") from None
     try:
         crc = crc32_of(fd, path, 0, end)
         trailer = ckpt.CRC_MARK + crc.to_bytes(ckpt.CRC_NBYTES - len(ckpt.CRC_MARK), "big")
@@ -41,16 +49,13 @@ def crc32_of(fd: int, path: str, start: int, nbytes: int, crc: int = 0) -> int:
 
 def check_crc(header: FileHeader) -> None:
     """InputError when a file's own checksum does not fit its bytes."""
-    fd = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with open_binary(header.path, "checking its crc") as (fd, _):
         if header.format == safetensors.FORMAT:
             found = 0
             for name in sorted(n for n, t in header.tensors.items() if t.inline is None):
                 found = _tensor_crc32(fd, header.tensors[name], zlib.crc32(name.encode(), found))
         else:
             found = crc32_of(fd, header.path, 0, header.crc_nbytes)
-    finally:
-        os.close(fd)
     if found != header.crc32:
         raise InputError(
             f"{header.path}: its crc_check value is {header.crc32}, its bytes give {found}: the file is damaged: "

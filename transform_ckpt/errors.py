@@ -79,6 +79,16 @@ def name_some(names: Iterable[str], *, limit: int = 5) -> str:
     return shown if len(ordered) <= limit else f"{shown} ... and {len(ordered) - limit} more"
 
 
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first name that was there before, or None."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
 def rank_ranges(ranks: Iterable[int]) -> str:
     """`0-3, 6`: ranks as people write them."""
     ordered = sorted(set(ranks))

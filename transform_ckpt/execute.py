@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transform_ckpt import manifest, workers
-from transform_ckpt.crc import check_crc, write_crc
+from transform_ckpt.crc import check_crc, has_trailer, write_crc
 from transform_ckpt.destination import (
     check_destination,
     check_not_inside,
@@ -136,10 +136,16 @@ class Execution:
     def _tidy_interrupted_commit(self) -> None:
         """A run that was killed right after the names were exchanged: DST is new and whole, DST.partial the old one."""
         left = os.path.join(self.dst, os.path.basename(self.journal.directory))
-        if os.path.isdir(left) and os.listdir(left) in ([], ["lock"]):
+        if not os.path.isdir(left) or os.listdir(left) not in ([], ["lock"]):
+            return
+        committing = Journal(self.dst)
+        committing.lock()  # refused while that run is still at it
+        try:
             if os.path.isdir(self.partial) and not self.journal.exists:
                 os.rename(self.partial, unused_name(self.dst + ".replaced"))
             shutil.rmtree(left, ignore_errors=True)
+        finally:
+            committing.unlock()
 
     def _prepare(self) -> dict[int, list[str]]:
         """Files with headers and their full size; units that an earlier run finished."""
@@ -200,23 +206,23 @@ class Execution:
                 write_fully(fd, path, offset, memoryview(data))
             os.close(fd)
         done = {u: d for u, d in self.journal.done().items() if u < len(self.plan.units)}
-        intact = {unit for unit, digests in done.items() if self._intact(unit, digests)}
-        self.resumed_units = len(intact)
-        return {unit: done[unit] for unit in intact}
-
-    def _intact(self, unit: int, digests: Sequence[str]) -> bool:
         table = FileTable(os.O_RDONLY)
         try:
-            ranges = [(g, w, at, n) for g, w, at, n in part_ranges(self.plan, unit)]
-            if len(ranges) != len(digests):
-                return False
-            for (group, write, at, nbytes), digest in zip(ranges, digests, strict=True):
-                for place in self.plan.groups[group].writes[write]:
-                    if range_digest(table, self.paths[place.file], place.extents, at, nbytes) != digest:
-                        return False
-            return True
+            intact = {unit: digests for unit, digests in done.items() if self._intact(table, unit, digests)}
         finally:
             table.close()
+        if len(intact) < len(done):
+            self.journal.keep(intact)  # or what was recorded before could stand beside what is done again
+        self.resumed_units = len(intact)
+        return intact
+
+    def _intact(self, table: FileTable, unit: int, digests: Sequence[str]) -> bool:
+        ranges = list(part_ranges(self.plan, unit))
+        return len(ranges) == len(digests) and all(
+            range_digest(table, self.paths[place.file], place.extents, at, nbytes) == digest
+            for (group, write, at, nbytes), digest in zip(ranges, digests, strict=True)
+            for place in self.plan.groups[group].writes[write]
+        )
 
     def _move(self, units: Sequence[int]) -> None:
         total = self.plan.read_nbytes
@@ -241,8 +247,7 @@ class Execution:
             raise StorageError(f"{self.journal.directory}: {len(missing)} units are not recorded: run again")
         if _stamps(self.plan) != self._stamped:
             raise StorageError(f"{self.plan.source.root}: was changed while it was read: run again with --no-resume")
-        for path, file in zip(self.paths, self.plan.target.files, strict=True):
-            write_crc(path, file)
+        self._write_crcs()
         for small in self.plan.target.small:
             write_small(os.path.join(self.partial, small.relpath), small.data)
         digests = collect_digests(self.plan, done)
@@ -251,8 +256,21 @@ class Execution:
         if self.options.fsync:
             fsync_tree(self.partial)
 
+    def _write_crcs(self) -> None:
+        """Each file is read once more for its crc, several at a time."""
+        files = self.plan.target.files
+        trailing = [number for number, file in enumerate(files) if has_trailer(file)]
+        total = sum(files[number].skeleton.nbytes for number in trailing)
+
+        def work(number: int, advance: Callable[[int], None]) -> None:
+            write_crc(self.paths[number], files[number])
+            advance(files[number].skeleton.nbytes)
+
+        workers.run(trailing, lambda: work, self.options.crew(total), None)
+
     def _commit(self) -> None:
-        """DST.partial becomes DST; an old DST leaves only now."""
+        """DST.partial becomes DST; an old DST leaves only now, and one that was made meanwhile only if it may."""
+        check_destination(self.dst, overwrite=self.options.overwrite)
         try:
             self.journal.retire()
             left = give_name(self.partial, self.dst)

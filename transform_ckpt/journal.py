@@ -92,6 +92,19 @@ class Journal:
         _append(fd, b"\n")  # process numbers come again: an earlier log may end in a torn line
         return fd
 
+    def keep(self, done: Mapping[int, list[str]]) -> None:
+        """Only these units count as done: one log of them takes the place of all others."""
+        path, new = (os.path.join(self.directory, name) for name in ("units-kept.log", "kept.tmp"))
+        try:
+            with open(new, "wb") as stream:
+                stream.writelines(_line(unit, digests) for unit, digests in sorted(done.items()))
+            os.replace(new, path)
+            for name in os.listdir(self.directory):
+                if name.startswith("units-") and name != os.path.basename(path):
+                    os.unlink(os.path.join(self.directory, name))
+        except OSError as error:
+            raise storage_error(path, error, "writing the journal") from None
+
     def done(self) -> dict[int, list[str]]:
         """Unit -> digests, of every whole line of every log."""
         found: dict[int, list[str]] = {}
@@ -103,7 +116,11 @@ class Journal:
 
 def record(fd: int, unit: int, digests: list[str]) -> None:
     """Append one finished unit."""
-    _append(fd, json.dumps([unit, digests]).encode() + b"\n")
+    _append(fd, _line(unit, digests))
+
+
+def _line(unit: int, digests: list[str]) -> bytes:
+    return json.dumps([unit, digests]).encode() + b"\n"
 
 
 def _append(fd: int, line: bytes) -> None:

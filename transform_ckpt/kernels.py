@@ -23,6 +23,9 @@ LONG_RUN_NBYTES = 512
 """From here on copying run by run is as fast as NumPy's strided copy."""
 _MAX_KEPT = 64
 
+Transfer = Callable[[int, memoryview], None]
+"""`Reader.read_into` or `Writer.write`: (byte offset in the tensor, bytes)."""
+
 Observer = Callable[[int, memoryview], None]
 """Called with (index of the write side, bytes) for every block that is written."""
 
@@ -32,7 +35,7 @@ class _Active:
     """A side with its outer axes already fixed."""
 
     index: int
-    handle: Any
+    call: Transfer
     offset: int
     start: Shape
     size: Shape
@@ -41,7 +44,7 @@ class _Active:
     def row(self, row: int) -> _Active:
         """The side with axis 0 fixed at component row `row`."""
         offset = self.offset + (row - self.start[0]) * self.strides[0]
-        return _Active(self.index, self.handle, offset, self.start[1:], self.size[1:], self.strides[1:])
+        return _Active(self.index, self.call, offset, self.start[1:], self.size[1:], self.strides[1:])
 
     def spans(self, low: int, high: int) -> bool:
         return self.start[0] <= low and high <= self.start[0] + self.size[0]
@@ -65,8 +68,8 @@ class Mover:
         observe: Observer | None = None,
     ) -> None:
         """Copy component rows `rows[0] <= r < rows[1]` from the readers to the writers (one each per side)."""
-        reads = [_active(i, side, readers[i]) for i, side in enumerate(component.reads)]
-        writes = [_active(i, side, writers[i]) for i, side in enumerate(component.writes)]
+        reads = [_active(i, side, readers[i].read_into) for i, side in enumerate(component.reads)]
+        writes = [_active(i, side, writers[i].write) for i, side in enumerate(component.writes)]
         self._rows(component.shape, reads, writes, rows, observe)
 
     def _rows(
@@ -110,14 +113,13 @@ class Mover:
             data = self._scattered(block, (count, *inner), side, row)
             if observe is not None:
                 observe(side.index, data)
-            _put(side, row, data, (count, *side.size[1:]))
+            _transfer(side, row, data, (count, *side.size[1:]))
 
     def _gather(self, block: memoryview, shape: Shape, side: _Active, row: int) -> None:
         size = (shape[0], *side.size[1:])
         whole_rows = side.size[1:] == shape[1:]
         data = block if whole_rows else self._strip[: prod(size)]
-        offset = side.offset + (row - side.start[0]) * side.strides[0]
-        _read_runs(side.handle, offset, size, side.strides, data)
+        _transfer(side, row, data, size)
         if whole_rows:
             return
         if side.size[-1] < LONG_RUN_NBYTES:
@@ -156,8 +158,8 @@ class Mover:
         return found
 
 
-def _active(index: int, side: Side, handle: Any) -> _Active:
-    return _Active(index, handle, side.view.offset, side.box.start, side.box.size, side.view.strides)
+def _active(index: int, side: Side, call: Transfer) -> _Active:
+    return _Active(index, call, side.view.offset, side.box.start, side.box.size, side.view.strides)
 
 
 def _segments(low: int, high: int, sides: Sequence[_Active]) -> list[tuple[int, int]]:
@@ -186,27 +188,17 @@ def _dense(size: Shape, strides: Shape) -> bool:
     return all(n == 1 or s == d for n, s, d in zip(size, strides, row_major(size), strict=True))
 
 
-def _read_runs(reader: Reader, offset: int, size: Shape, strides: Shape, data: memoryview) -> None:
-    """Bytes of a strided window into dense `data`, one read for each dense run."""
+def _transfer(side: _Active, row: int, data: memoryview, size: Shape) -> None:
+    """`size` bytes of a side from component row `row` on, read into or written from dense `data`."""
+    _each_run(side.call, side.offset + (row - side.start[0]) * side.strides[0], size, side.strides, data)
+
+
+def _each_run(call: Transfer, offset: int, size: Shape, strides: Shape, data: memoryview) -> None:
+    """One call for each dense run of a strided window."""
     if _dense(size, strides):
-        reader.read_into(offset, data)
+        call(offset, data)
         return
     part = prod(size[1:])
     for index in range(size[0]):
         inner = data[index * part : (index + 1) * part]
-        _read_runs(reader, offset + index * strides[0], size[1:], strides[1:], inner)
-
-
-def _write_runs(writer: Writer, offset: int, size: Shape, strides: Shape, data: memoryview) -> None:
-    if _dense(size, strides):
-        writer.write(offset, data)
-        return
-    part = prod(size[1:])
-    for index in range(size[0]):
-        inner = data[index * part : (index + 1) * part]
-        _write_runs(writer, offset + index * strides[0], size[1:], strides[1:], inner)
-
-
-def _put(side: _Active, row: int, data: memoryview, size: Shape) -> None:
-    offset = side.offset + (row - side.start[0]) * side.strides[0]
-    _write_runs(side.handle, offset, size, side.strides, data)
+        _each_run(call, offset + index * strides[0], size[1:], strides[1:], inner)

@@ -49,7 +49,8 @@ def plan_fingerprint(plan: Plan) -> str:
         boxes = [(name, box.start, box.size) for name, box in file.boxes.items()]
         chunks.append(repr((file.relpath, file.skeleton.nbytes, boxes)).encode())
         chunks.extend(data for _, data in file.skeleton.chunks)
-    chunks.extend(repr((small.relpath, small.data)).encode() for small in plan.target.small)
+    for small in plan.target.small:
+        chunks += (repr((small.relpath, len(small.data))).encode(), small.data)
     return xxh3(*chunks)
 
 

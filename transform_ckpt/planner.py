@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 
 from transform_ckpt import dtypes
 from transform_ckpt.check import exact_cover
@@ -186,7 +187,10 @@ class _Part:
 
 
 def _pattern(shape: Shape, width: int, sources: Sequence[Box], targets: Sequence[Box]) -> tuple[_Part, ...]:
-    """Cut a logical tensor into connected components and prove each one complete."""
+    """Cut a logical tensor into connected components and prove each one complete, as wanted and as it will be moved.
+
+    `shape` in elements of `width` bytes, `sources` and `targets` as distinct boxes of it.
+    """
     if whole(shape).numel == 0:
         return ()
     pieces = _first_holder(sources)
@@ -199,7 +203,7 @@ def _pattern(shape: Shape, width: int, sources: Sequence[Box], targets: Sequence
             [(box, box) for box in used],
             width,
         )
-        fault = _prove(boxes, used)
+        fault = _prove(boxes, used) or _prove_component(component)
         parts.append(_Part(component, tuple(pieces[i][0] for i in reads), tuple(writes), fault))
     return tuple(parts)
 
@@ -268,6 +272,15 @@ def _prove(reads: Sequence[Box], writes: Sequence[Box]) -> str | None:
     return None
 
 
+def _prove_component(component: Component) -> str | None:
+    """The same of what is executed: the component's own boxes and the bytes that each target's view addresses."""
+    for side in component.writes:
+        fault = exact_cover([side.view], side.view.numel)
+        if fault:
+            return f"{fault} of a target's bytes"
+    return _prove([side.box for side in component.reads], [side.box for side in component.writes])
+
+
 def _describe(box: Box) -> str:
     return "[" + ", ".join(f"{s}:{e}" for s, e in zip(box.start, box.stop(), strict=True)) + "]"
 
@@ -289,16 +302,14 @@ def _normalise(reads: Sequence[tuple[Box, Box]], writes: Sequence[tuple[Box, Box
             axes[-1].append(d)
         else:
             axes.append([d])
-    shape: list[int] = []
-    for members in axes:
-        n = 1
-        for d in members:
-            n *= high[d] - low[d]
-        shape.append(n)
-    if shape:
-        shape[-1] *= width
-    else:
-        shape = [width]
+
+    def extent(members: Sequence[int]) -> int:
+        return prod(high[d] - low[d] for d in members)
+
+    # units are rows of axis 0: an axis of one row would make a unit of any size
+    axes = [members for members in axes if extent(members) > 1 or members is axes[-1]]
+    shape = [extent(members) for members in axes] or [1]
+    shape[-1] *= width
 
     def side(box: Box, holder: Box) -> Side:
         view = box.view_in(holder)
@@ -306,9 +317,7 @@ def _normalise(reads: Sequence[tuple[Box, Box]], writes: Sequence[tuple[Box, Box
         size: list[int] = []
         strides: list[int] = []
         for members in axes:
-            rest = 1
-            for d in members[1:]:
-                rest *= high[d] - low[d]
+            rest = extent(members[1:])
             start.append((box.start[members[0]] - low[members[0]]) * rest)
             size.append(box.size[members[0]] * rest)
             strides.append(view.strides[members[-1]] * width)

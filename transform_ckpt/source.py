@@ -45,7 +45,10 @@ def open_source(
     `allow_missing` are patterns of names that the strategy lists and no file needs to hold.
     """
     path = os.path.abspath(path)
-    if detect(path) == CHECKPOINT_2:
+    found = detect(path)
+    if strategy is None and found == MINDSPORE and os.path.isdir(path):
+        _check_only_one_checkpoint(path)
+    if found == CHECKPOINT_2:
         from transform_ckpt.formats import checkpoint2
 
         if strategy is not None:
@@ -62,6 +65,17 @@ def open_source(
     if not source.params and not source.states:
         raise InputError(f"{path}: holds no tensor ({len(source.headers)} files without any): fetch or save it again")
     return replace(source, step=files.step, notes=(*files.notes, *source.notes))
+
+
+def _check_only_one_checkpoint(path: str) -> None:
+    """A job that changed use_legacy_format leaves both kinds in its output directory."""
+    from transform_ckpt.formats import checkpoint2
+
+    if checkpoint2.detect(path):
+        raise PlanError(
+            f"{path}: holds rank directories and Checkpoint 2.0 iterations, cannot tell which is meant: give the "
+            "iteration's directory, or the source strategy of the rank directories, or move one away"
+        )
 
 
 def _check_weight_map(path: str, weight_map: Mapping[str, str], headers: Sequence[FileHeader]) -> None:

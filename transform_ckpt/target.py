@@ -12,7 +12,7 @@ from typing import Literal
 
 from strategy.layout import Layout, LayoutError, Strategy
 from transform_ckpt import dtypes
-from transform_ckpt.errors import InputError, Problems, UsageError, name_some
+from transform_ckpt.errors import InputError, Problems, UsageError, name_some, rank_ranges
 from transform_ckpt.formats import ckpt, safetensors
 from transform_ckpt.formats.mindspore_unified import lay_out_parts
 from transform_ckpt.ranks import layout_of
@@ -75,16 +75,27 @@ def lay_out(source: Source, strategy: Strategy | None, options: TargetOptions) -
     for placement in placements:
         by_rank[placement.rank].append(placement)
     files = tuple(_rank_file(rank, found, options) for rank, found in by_rank.items())
-    notes = (*chosen.notes, *_unreadable(chosen, options))
+    notes = (*chosen.notes, *_unreadable(chosen, files, options))
     return Target("mindspore", files, (), chosen.dropped, notes)
 
 
-def _unreadable(chosen: _Chosen, options: TargetOptions) -> list[str]:
-    """What a .ckpt holds and mindspore.load_checkpoint (2.9.0) cannot give back: it takes dims [0] for a scalar."""
-    empty = [n for n, p in (*chosen.params.items(), *chosen.states.items()) if p.shape == (0,)]
-    if not empty or options.container != "ckpt":
+def _unreadable(chosen: _Chosen, files: Sequence[TargetFile], options: TargetOptions) -> list[str]:
+    """What mindspore.load_checkpoint (2.9.0) cannot give back: dims [0] is a scalar to it, an empty .ckpt an error."""
+    if options.container != "ckpt":
         return []
-    return [f"MindSpore reads empty tensors of a .ckpt as scalars: {name_some(empty)}: --format safetensors keeps them"]
+    notes: list[str] = []
+    empty = [n for n, p in (*chosen.params.items(), *chosen.states.items()) if p.shape == (0,)]
+    if empty:
+        notes.append(
+            f"MindSpore reads empty tensors of a .ckpt as scalars: {name_some(empty)}: --format safetensors keeps them"
+        )
+    bare = [rank for rank, file in enumerate(files) if not file.skeleton.nbytes]
+    if bare:
+        notes.append(
+            f"no tensor of the source belongs to ranks {rank_ranges(bare)}: their .ckpt files are empty, which nobody "
+            "reads: check the destination strategy, or add --format safetensors"
+        )
+    return notes
 
 
 def _checkpoint2(source: Source, placements: Sequence[Placement], chosen: _Chosen, options: TargetOptions) -> Target:
@@ -95,24 +106,25 @@ def _checkpoint2(source: Source, placements: Sequence[Placement], chosen: _Chose
     unwritable: list[str] = []
     kept = dict(chosen.params)
     placed = [(p.rank, p.logical.name, p.box) for p in placements]
-    for name, state in (
-        {**chosen.states} | {n: p for n, p in chosen.params.items() if n in checkpoint2.COMMON_FIELDS}
-    ).items():
+    apart = {  # complete weights have their states among the parameters
+        n: p for n, p in chosen.params.items() if n in checkpoint2.COMMON_FIELDS or p.dtype == dtypes.STRING
+    }
+    for name, state in {**chosen.states, **apart}.items():
         value = state.pieces[0].tensor.inline
         decoded = None if value is None else dtypes.decode(state.dtype, value)
         if state.dtype == dtypes.STRING:
             unwritable.append(name)
-        elif name in checkpoint2.COMMON_FIELDS and isinstance(decoded, int | float | bool | str):
+            kept.pop(name, None)
+        elif name in checkpoint2.COMMON_FIELDS and isinstance(decoded, int | float):
             scalars[name] = decoded
             kept.pop(name, None)
-            placed = [p for p in placed if p[1] != name]
         elif name not in kept:
             kept[name] = state
             placed.append((0, name, whole(state.shape)))
     step = scalars.get("global_step", scalars.get("step_num", source.step or 0))
     found = checkpoint2.plan_target(
         {n: (p.dtype, p.shape) for n, p in kept.items()},
-        placed,
+        [p for p in placed if p[1] in kept],
         scalars,
         "" if options.prefix == DEFAULT_PREFIX else options.prefix,
         source.step if source.step is not None else int(step),
@@ -137,7 +149,8 @@ def _choose(source: Source, strategy: Strategy | None, options: TargetOptions) -
     """Sort the source's tensors into laid-out parameters and carried states; refuse a weight in only one strategy."""
     params: dict[str, Logical] = {}
     states: dict[str, Logical] = {}
-    dropped: list[str] = []
+    everything = {**source.params, **source.states}
+    dropped = () if options.optimizer else tuple(name for name in everything if split_optimizer(name)[0])
     carried: list[str] = []
     homeless: list[str] = []
     unlisted: list[str] = []
@@ -147,16 +160,14 @@ def _choose(source: Source, strategy: Strategy | None, options: TargetOptions) -
             fnmatchcase(logical.name, pattern) for pattern in options.carry
         )
 
-    for name, logical in source.params.items():
-        if not options.optimizer and split_optimizer(name)[0]:
-            dropped.append(name)
-        elif strategy is None or _stages(strategy, name):
+    for name, logical in _without(source.params, dropped):
+        if strategy is None or _stages(strategy, name):
             params[name] = logical
         elif carries(logical) and _is_whole(logical):
             states[name] = logical
         else:
             homeless.append(name)
-    for name, logical in source.states.items():
+    for name, logical in _without(source.states, dropped):
         listed = strategy is not None and _stages(strategy, name)
         if listed and carries(logical):
             params[name] = logical
@@ -173,7 +184,12 @@ def _choose(source: Source, strategy: Strategy | None, options: TargetOptions) -
         lacking = [n for n in strategy.names if n not in params and not split_optimizer(n)[0]]
         if lacking:
             notes.append(f"{len(lacking)} parameters of the destination strategy have no tensor: {name_some(lacking)}")
-    return _Chosen(params, states, tuple(dropped), tuple(notes))
+    return _Chosen(params, states, dropped, tuple(notes))
+
+
+def _without(found: Mapping[str, Logical], dropped: Sequence[str]) -> list[tuple[str, Logical]]:
+    gone = set(dropped)
+    return [(name, logical) for name, logical in found.items() if name not in gone]
 
 
 def _is_weight(name: str) -> bool:

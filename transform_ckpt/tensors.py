@@ -24,7 +24,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a file is asked to hold: name, neutral dtype code, shape.  `nbytes` is given only for strings."""
+    """What a file is asked to hold: name, neutral dtype code, shape.  `string_nbytes` is given only for strings."""
 
     name: str
     dtype: str
@@ -117,7 +117,7 @@ class Source:
     """A checkpoint as its headers (and, where it needs one, its strategy) describe it.
 
     `params` are laid-out parameters; `states` are names in no strategy (step, loss scale ...): whole tensors, one
-    piece a rank.  `strings` are values that no tensor file holds (Checkpoint 2.0's common.json), by file name.
+    piece a rank.  `headers` are all files that were read, `root` is the absolute path that theirs lie below.
     """
 
     format: str

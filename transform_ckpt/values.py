@@ -45,7 +45,8 @@ def _is_lone_state(logical: Logical) -> bool:
 
 def _settled(table: FileTable, logical: Logical, problems: Problems, notes: list[str]) -> Logical:
     first = logical.pieces[0]
-    small = first.tensor.nbytes <= SMALL_NBYTES
+    text = logical.dtype == dtypes.STRING  # always read whole: headers and JSON files need its characters
+    small = text or first.tensor.nbytes <= SMALL_NBYTES
     read = read_tensor if small else _ends
     values = {piece.rank: read(table, piece.tensor) for piece in logical.pieces}
     value = values[first.rank]
@@ -58,14 +59,14 @@ def _settled(table: FileTable, logical: Logical, problems: Problems, notes: list
             )
         else:
             problems.add(f"{where}: it is a sharded weight; give a strategy that lists it")
-    if logical.dtype == dtypes.STRING:
+    if text:
         try:
             value.decode("utf-32-le")
         except UnicodeDecodeError as error:
             problems.add(
                 f"{first.tensor.path}: {logical.name!r} is not text ({error}): the file is damaged: save it again"
             )
-    if not value or not small:
+    if not small or not (value or text):
         return logical
     tensor = replace(first.tensor, extents=(), inline=value)
     return replace(logical, pieces=(replace(first, tensor=tensor),))

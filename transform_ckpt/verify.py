@@ -52,7 +52,8 @@ def check_source(source: Source, *, full: bool) -> None:
             relpath = os.path.relpath(header.path, source.root)
             entry = found["files"].get(relpath)
             if entry is not None and header.format in READERS:
-                faults += _check_file(table, header.path, relpath, entry if full else {**entry, "tensors": None})
+                faults += _check_header(header, relpath, entry)
+                faults += _check_tensors(table, header, relpath, entry["tensors"]) if full else []
     finally:
         table.close()
     if faults:
@@ -70,26 +71,40 @@ def _tensor_files(root: str) -> list[str]:
 def _check_file(table: FileTable, path: str, relpath: str, entry: Mapping[str, Any]) -> list[str]:
     if not os.path.isfile(path):
         return [f"{relpath}: is missing"]
-    size = os.path.getsize(path)
-    if size != entry["nbytes"]:
-        return [f"{relpath}: has {size:,} bytes, was written with {entry['nbytes']:,}"]
+    faults = _check_size(relpath, os.path.getsize(path), entry)
+    if faults:
+        return faults
     try:
         header = read_header(path)
     except TransformError as error:
         return [str(error)]
-    faults = [] if header_bytes_digest(header) == entry["header"] else [f"{relpath}: its header was changed"]
-    wanted = entry["tensors"]
-    if wanted is None:
+    return [*_check_header(header, relpath, entry), *_check_tensors(table, header, relpath, entry["tensors"])]
+
+
+def _check_header(header: FileHeader, relpath: str, entry: Mapping[str, Any]) -> list[str]:
+    faults = _check_size(relpath, header.nbytes, entry)
+    if faults or header_bytes_digest(header) == entry["header"]:
         return faults
+    return [f"{relpath}: its header was changed"]
+
+
+def _check_size(relpath: str, nbytes: int, entry: Mapping[str, Any]) -> list[str]:
+    return (
+        [] if nbytes == entry["nbytes"] else [f"{relpath}: has {nbytes:,} bytes, was written with {entry['nbytes']:,}"]
+    )
+
+
+def _check_tensors(table: FileTable, header: FileHeader, relpath: str, wanted: Mapping[str, str]) -> list[str]:
+    faults: list[str] = []
     stored = {name for name, tensor in header.tensors.items() if tensor.inline is None}
     faults += [f"{relpath}: {name!r} is missing" for name in sorted(wanted.keys() - stored)]
     faults += [f"{relpath}: {name!r} was added" for name in sorted(stored - wanted.keys())]
     for name in sorted(wanted.keys() & stored):
         at, tensor = 0, header.tensors[name]
         for part in filter(None, wanted[name].split(",")):
-            nbytes, digest = part.split(":")
-            at += int(nbytes)
-            if at > tensor.nbytes or range_digest(table, path, tensor.extents, at - int(nbytes), int(nbytes)) != digest:
+            size, digest = part.split(":")
+            start, at = at, at + int(size)
+            if at > tensor.nbytes or range_digest(table, header.path, tensor.extents, start, int(size)) != digest:
                 faults.append(f"{relpath}: the bytes of {name!r} are not what was written: the file is damaged")
                 break
         else:

@@ -122,7 +122,7 @@ class _Crew:
     def _feed(self, error_out: int) -> None:
         """Until every worker has ended: keep the unit pipe full, collect errors, show progress."""
         at, pending = 0, b""
-        while self._pids or not pending.endswith(b"\0"):
+        while True:
             ready, writable, _ = select.select(
                 [error_out], [self._unit_in] if self._unit_in >= 0 else [], [], _POLL_SECONDS
             )

@@ -175,6 +175,13 @@ class TestSafetensors(ContainerConformance):
         header = safetensors.read_header(str(path))
         assert {name: t.extents for name, t in header.tensors.items()} == skeleton.places
 
+    def test_a_header_that_nobody_would_read_is_not_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        specs = [TensorSpec(f"w{i}", "F32", (2,)) for i in range(40)]
+        assert self.skeleton(specs)
+        monkeypatch.setattr(safetensors, "MAX_HEADER_NBYTES", 1000)
+        with pytest.raises(InputError, match="40 tensors need a safetensors header"):
+            self.skeleton(specs)
+
     # ----------------------------------------------------------------------------------------- legal variations
 
     def test_any_order_and_unknown_keys(self, path: Path) -> None:

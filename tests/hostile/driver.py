@@ -229,8 +229,10 @@ def spawn(args: Sequence[object], *, timeout: float = 60, env: Mapping[str, str]
     return Run(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
 
-def run_as_user(args: Sequence[object], folder: Path, uid: int = 65534) -> Run:
-    """The command line in a forked child of another user: root is refused nothing.
+def run_as_user(
+    args: Sequence[object], folder: Path, uid: int = 65534, call: Callable[[list[str]], int] = cli.run
+) -> Run:
+    """The command line, or what else is called, in a forked child of another user: root is refused nothing.
 
     Forked, because the interpreter itself may lie where others cannot read; what it imports late is imported before.
     """
@@ -246,7 +248,7 @@ def run_as_user(args: Sequence[object], folder: Path, uid: int = 65534) -> Run:
                 os.setuid(uid)
                 with contextlib.redirect_stdout(new_out), contextlib.redirect_stderr(new_err):
                     try:
-                        code = cli.run([str(a) for a in args])
+                        code = call([str(a) for a in args])
                     except BaseException:  # noqa: BLE001 - told by its traceback, as a process would
                         traceback.print_exc()
         finally:

@@ -16,8 +16,9 @@ import transform_ckpt
 from tests import support
 from tests.hostile import driver
 from tests.hostile.driver import Case, Model, assert_done, assert_refused, make_case, run, untouched
-from transform_ckpt.errors import InputError
-from transform_ckpt.formats import ckpt, read_header
+from transform_ckpt.errors import InputError, PlanError
+from transform_ckpt.formats import ckpt, read_header, safetensors
+from transform_ckpt.tensors import TensorSpec
 
 LAYOUTS = {"opt": (2, 1, 4, 2), "dp": (2, 1, 4), "mp": (1, 2, 2), "pp": (1, 1, 4)}
 
@@ -202,6 +203,90 @@ def test_damage_under_a_checksum(tmp_path: Path) -> None:
         driver.flip(path, offset)
         refused(case, case.args(), 3, path, "crc_check value", "fetch or save it again")
         driver.flip(path, offset)
+
+
+def test_verify_compares_copies_that_stages_cut_in_different_ways(tmp_path: Path) -> None:
+    """A tied parameter: halves on the first stage, whole on each rank of the second."""
+    layouts = [support.Layout((2,), (0, -1)), support.Layout((2,), (-1, -1))]
+    stages = [{"tied.weight": layout, f"w{i}.weight": layout} for i, layout in enumerate(layouts)]
+    rng = np.random.default_rng(3)
+    names = ("tied.weight", "w0.weight", "w1.weight")
+    whole = {name: rng.standard_normal((8, 4)).astype(np.float32) for name in names}
+    strategy = driver.write_layout(stages, tmp_path / "strategy.ckpt")
+    for rank in range(4):
+        path = driver.write_file(tmp_path / "src" / f"rank_{rank}" / "a.ckpt", support.slice_rank(whole, stages, rank))
+    words = ["verify", str(tmp_path / "src"), "--strategy", str(strategy)]
+    assert_done(run(words))
+    data = path.read_bytes()
+    driver.flip(path, data.index(whole["tied.weight"].tobytes()) + 70, 1)
+    assert_refused(run(words), 6, "tied.weight", "its copies on ranks [0, 1, 3] differ", "element 17")
+
+
+@pytest.mark.parametrize("fmt", ["ckpt", "safetensors"])
+def test_a_result_that_lacks_what_the_source_lacks_is_verified(fresh: Callable[..., Case], fmt: str) -> None:
+    case = fresh("mp", fmt)
+    name = "model.layers.1.w1.weight"
+    whole = {n: a for n, a in case.model.whole().items() if n != name}
+    for rank in range(4):
+        stages = case.model.stages(1, 2, 2)
+        stages = [{n: layout for n, layout in stage.items() if n != name} for stage in stages]
+        driver.write_file(case.file(rank), support.slice_rank(whole, stages, rank))
+    refused(case, case.args(), 4, name, "--allow-missing")
+    shutil.rmtree(case.dst)
+    assert_done(run(case.args("--allow-missing", name, "--verify")))
+    both = {"src_strategy": case.strategy, "dst_strategy": case.other}
+    with pytest.raises(PlanError, match="allow-missing"):
+        transform_ckpt.load(case.src, **both)
+    assert name not in dict(transform_ckpt.load(case.src, allow_missing=[name], **both))
+
+
+def test_ranks_that_no_tensor_belongs_to_are_named(tmp_path: Path) -> None:
+    case = make_case(tmp_path / "case", layout=(1, 2, 2), model=Model(optimizer=False, states=False))
+    stages = case.model.stages(1, 2, 2)
+    other = [{**stages[0], **stages[1]}, {"another.weight": support.Layout((1, 2), (-1,))}]
+    strategy = driver.write_layout(other, tmp_path / "other.ckpt")
+    words = ["convert", str(case.src), str(case.dst), "--to", "mindspore", "--src-strategy", str(case.strategy)]
+    found = run([*words, "--dst-strategy", str(strategy)])
+    assert_done(found)
+    assert "ranks 2-3: their .ckpt files are empty" in found.err
+    words += ["--dst-strategy", str(strategy), "--overwrite", "--format", "safetensors", "--verify"]
+    assert "are empty" not in run(words).err
+
+
+def test_no_optimizer_drops_states_that_no_strategy_lists(tmp_path: Path) -> None:
+    case = make_case(tmp_path / "case", layout=(1, 2, 2))
+    stages = case.model.stages(1, 2, 2)
+    whole = case.model.whole()
+    for rank in range(4):
+        held = {**support.slice_rank(whole, stages, rank), "adam_m.other.weight": np.ones((2, 2), np.float32)}
+        driver.write_file(case.file(rank), held)
+    assert_refused(run(case.args()), 3, "adam_m.other.weight", "does not list")
+    assert_done(run(case.args("--no-optimizer", "--verify")))
+
+
+@pytest.mark.parametrize("length", [0, 1, 20_000, 20_001])
+@pytest.mark.parametrize("output", [{"container": "safetensors"}, {"container": "ckpt"}, {"unified": True}])
+def test_strings_of_any_length(tmp_path: Path, length: int, output: dict[str, Any]) -> None:
+    text = ("漢a" * length)[:length]
+    specs = [TensorSpec("w", "F32", (2, 3)), TensorSpec("note", "STR", (), 4 * length)]
+    laid_out = ckpt.skeleton(specs)
+    data = bytearray(laid_out.nbytes)
+    for offset, chunk in laid_out.chunks:
+        data[offset : offset + len(chunk)] = chunk
+    (extent,) = laid_out.places["note"]
+    data[extent.offset_bytes : extent.offset_bytes + extent.nbytes] = text.encode("utf-32-le")
+    (tmp_path / "a.ckpt").write_bytes(data)
+    transform_ckpt.convert(tmp_path / "a.ckpt", tmp_path / "out", verify=True, **output)
+    assert dict(transform_ckpt.load(tmp_path / "out"))["note"] == text
+
+
+def test_strings_of_complete_weights_are_left_out_of_checkpoint_2(tmp_path: Path) -> None:
+    laid_out = safetensors.skeleton([TensorSpec("w", "F32", ())], {}, {"note": "text"})
+    ((_, head),) = laid_out.chunks
+    (tmp_path / "a.safetensors").write_bytes(head + bytes(4))
+    found = transform_ckpt.convert(tmp_path / "a.safetensors", tmp_path / "out", checkpoint_2=True, verify=True)
+    assert [note for note in found.notes if "left out: note" in note]
+    assert [name for name, _ in transform_ckpt.load(tmp_path / "out") if name in ("w", "note")] == ["w"]
 
 
 def test_verify_sees_every_kind_of_damage_of_our_output(fresh: Callable[..., Case]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from tests.hostile.driver import (
     untouched,
     wait_for,
 )
-from transform_ckpt import execute, planner
+from transform_ckpt import destination, execute, planner
 
 RANDOM = random.Random()  # noqa: S311 - moments, not secrets
 UNIT = 512
@@ -260,6 +261,10 @@ JOURNAL: dict[str, Callable[[Path], object]] = {
     "others' digests": lambda p: p.write_bytes(p.read_bytes().replace(b"[1, ", b"[2, ")),
     "units that are none": lambda p: p.write_bytes(p.read_bytes() + b'[99999999, ["00"]]\n'),
     "gone": lambda p: p.unlink(),
+    "a wrong digest, in a log read last": lambda p: (
+        p.write_bytes(re.sub(rb'^\[3, \["[0-9a-f]{8}', b'[3, ["00000000', p.read_bytes(), flags=re.MULTILINE)),
+        p.rename(p.with_name("units-z.log")),
+    ),
 }
 
 
@@ -377,6 +382,49 @@ def test_a_run_that_comes_when_the_other_has_just_finished(
 
     monkeypatch.setattr(execute.Execution, "_enter", late)
     assert_refused(run(case.args("--crc")), 2, case.dst, "is not empty")
+    assert tree(case.dst) == whole
+    alone(case)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_destination_that_others_make_meanwhile_is_not_replaced(
+    case: Case, whole: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = execute.Execution._finish
+
+    def late(job: execute.Execution) -> None:
+        driver.old_output(case.dst)
+        real(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute.Execution, "_finish", late)
+        assert_refused(run(case.args("--crc")), 2, case.dst, "is not empty")
+    with untouched(case.dst):
+        assert_refused(run(case.args("--crc")), 2, case.dst, "is not empty")
+    shutil.rmtree(case.dst)
+    assert_done(run(case.args("--crc")))
+    assert tree(case.dst) == whole
+    alone(case)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_comes_between_two_steps_of_an_exchange(
+    case: Case, whole: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names are swapped, the old output still has the partial one's: that is not an interrupted run."""
+    driver.old_output(case.dst)
+    real = destination._exchange
+    seen: list[Run] = []
+
+    def second(one: str, other: str) -> bool:
+        monkeypatch.setattr(destination, "_exchange", real)
+        done = real(one, other)
+        seen.append(run(case.args("--crc", "--overwrite")))
+        return done
+
+    monkeypatch.setattr(destination, "_exchange", second)
+    assert_done(run(case.args("--crc", "--overwrite")))
+    assert_refused(seen[0], 2, "another run is writing")
     assert tree(case.dst) == whole
     alone(case)
 

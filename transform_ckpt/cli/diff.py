@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import click
 
-from transform_ckpt.cli.options import PATH, json_flag
-from transform_ckpt.errors import DifferenceError
+from transform_ckpt.cli.options import PATH, allow_missing_flag, end_with_differences, json_flag
 
 SHOWN = 20
 
@@ -19,15 +17,25 @@ SHOWN = 20
 @click.option("--src-strategy", "--a-strategy", "a_strategy", metavar="FILE|DIR", help="Strategy of A.")
 @click.option("--dst-strategy", "--b-strategy", "b_strategy", metavar="FILE|DIR", help="Strategy of B.")
 @click.option("--no-optimizer", is_flag=True, help="Leave optimizer states out of the comparison.")
+@allow_missing_flag
 @json_flag
-def command(a: str, b: str, a_strategy: str | None, b_strategy: str | None, no_optimizer: bool, as_json: bool) -> None:
+def command(
+    a: str,
+    b: str,
+    a_strategy: str | None,
+    b_strategy: str | None,
+    no_optimizer: bool,
+    allow_missing: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Compare the checkpoints A and B as whole tensors; exit code 6 when they differ."""
     from transform_ckpt import api
     from transform_ckpt.cli.progress import progress
     from transform_ckpt.compare import compare, logicals
     from transform_ckpt.states import split_optimizer
 
-    one, two = api.open_checkpoint(a, a_strategy), api.open_checkpoint(b, b_strategy)
+    one = api.open_checkpoint(a, a_strategy, allow_missing=allow_missing)
+    two = api.open_checkpoint(b, b_strategy, allow_missing=allow_missing)
     names = list({**logicals(one), **logicals(two)})
     if no_optimizer:
         names = [n for n in names if not split_optimizer(n)[0]]
@@ -42,10 +50,6 @@ def command(a: str, b: str, a_strategy: str | None, b_strategy: str | None, no_o
         if len(found) > SHOWN:
             print(f"... and {len(found) - SHOWN} more (--json lists all)")
     if found:
-        message = f"{len(found)} of {len(names)} tensors differ"
-        if not as_json:
-            raise DifferenceError(message)
-        print(f"error: {message}", file=sys.stderr)
-        click.get_current_context().exit(DifferenceError.exit_code)
+        end_with_differences(f"{len(found)} of {len(names)} tensors differ", as_json=as_json)
     if not as_json:
         print(f"{len(names)} tensors, all equal")

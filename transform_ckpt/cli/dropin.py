@@ -131,7 +131,7 @@ def transform_checkpoint() -> int:
 
 def _transform_checkpoint(arguments: argparse.Namespace) -> None:
     from transform_ckpt import api
-    from transform_ckpt.coordinate import run_ranks
+    from transform_ckpt.coordinate import MARK, run_ranks
 
     source = strategy_path(arguments.src_strategy, "--src_strategy")
     target = strategy_path(arguments.dst_strategy, "--dst_strategy")
@@ -153,7 +153,7 @@ def _transform_checkpoint(arguments: argparse.Namespace) -> None:
         complete = run_ranks(plan, dst, ranks, options) if ranks else False
         _notes(plan.notes)
         if ranks:
-            mark = os.path.join(dst, f"transform_succeed_rank_{arguments.rank_id or 0}.txt")
+            mark = os.path.join(dst, MARK.format(arguments.rank_id or 0))
             with open(mark, "w", encoding="utf-8"):
                 pass
         results.append({"name": name, "dst": dst, "ranks": list(ranks), "complete": complete})
@@ -188,7 +188,8 @@ def named_sources(path: str) -> dict[str, str]:
     from transform_ckpt.formats import container_of, mindspore_dir
 
     if os.path.isdir(path) and not mindspore_dir.rank_dirs(path):
-        files = [os.path.join(path, n) for n in sorted(os.listdir(path)) if container_of(n)]
+        names = [n for n in sorted(os.listdir(path)) if container_of(n) and not n.startswith(".")]
+        files = [os.path.join(path, n) for n in names if os.path.isfile(os.path.join(path, n))]
         if any(f.endswith(".safetensors") for f in files):
             return {os.path.basename(path): path}
         if not files:
@@ -201,7 +202,7 @@ def named_sources(path: str) -> dict[str, str]:
         raise InputError(f"{path}: not found: check --src_checkpoint")
     found: dict[str, str] = {}
     for file in files:
-        stem = os.path.basename(file).split(".")[0]
+        stem = os.path.basename(file).split(".")[0] or os.path.basename(file)
         if stem in found:
             raise PlanError(f"{found[stem]} and {file} would both become {stem}: rename one")
         found[stem] = file

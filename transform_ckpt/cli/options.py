@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+
+from transform_ckpt.errors import DifferenceError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FORMATS = ("hf", "megatron", "torch_dist", "mindspore")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
+if TYPE_CHECKING:
+    _IntType = click.ParamType[int]
+else:
+    _IntType = click.ParamType  # older versions of click (8.3 and before) cannot be subscripted
 
 PATH = click.Path(readable=False)
 """What cannot be read is said by what tries to read it, with exit code 5."""
 
 
-class Size(click.ParamType[int]):
+class Size(_IntType):
     """`1G`, `512M`, `300MB`, a plain number of bytes."""
 
     name = "size"
@@ -44,6 +51,13 @@ def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+allow_missing_flag = click.option(
+    "--allow-missing",
+    multiple=True,
+    metavar="PATTERN",
+    help="Names that a strategy lists and no file needs to hold (repeatable).",
+)
+
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 plan_flags = together(
@@ -64,12 +78,7 @@ plan_flags = together(
     click.option("--crc", is_flag=True, help="Write the crc_check trailer of .ckpt files."),
     click.option("--no-optimizer", is_flag=True, help="Drop optimizer states (adam_m., adam_v., accu_grads. ...)."),
     click.option("--carry", multiple=True, metavar="PATTERN", help="Names that may be in no strategy (repeatable)."),
-    click.option(
-        "--allow-missing",
-        multiple=True,
-        metavar="PATTERN",
-        help="Names that the source strategy lists and no file needs to hold (repeatable).",
-    ),
+    allow_missing_flag,
 )
 
 run_flags = together(
@@ -80,6 +89,14 @@ run_flags = together(
     click.option("--fsync", is_flag=True, help="Make the output durable before it gets its final name."),
     click.option("--verify", is_flag=True, help="Read the output and every replica again and compare."),
 )
+
+
+def end_with_differences(message: str, *, as_json: bool) -> NoReturn:
+    """Exit code 6: as an error message, or beside the JSON that says it already."""
+    if not as_json:
+        raise DifferenceError(message)
+    print(f"error: {message}", file=sys.stderr)
+    click.get_current_context().exit(DifferenceError.exit_code)
 
 
 def human(nbytes: float) -> str:

@@ -37,7 +37,6 @@ from transform_ckpt.formats.checkpoint2_common import (
     METADATA,
     TRACKER,
     iteration_name,
-    listing,
     load_json,
     parse_iteration,
     read_bytes,
@@ -46,6 +45,7 @@ from transform_ckpt.formats.checkpoint2_common import (
 )
 from transform_ckpt.formats.checkpoint2_metadata import Chunk, Entry, Metadata, parse_metadata
 from transform_ckpt.formats.checkpoint2_write import FORMAT, plan_target
+from transform_ckpt.formats.files import listing
 from transform_ckpt.tensors import FileHeader, Logical, Piece, Source, Tensor
 from transform_ckpt.views import whole
 
@@ -61,12 +61,12 @@ def detect(path: str) -> bool:
 
 
 def _is_iteration(path: Path) -> bool:
-    return any(FILE_NAME.fullmatch(name) for name in listing(path))
+    return any(FILE_NAME.fullmatch(name) for name in listing(str(path)))
 
 
 def _iterations(path: Path) -> dict[int, Path]:
     """Step -> directory, in the order of steps."""
-    found = {parse_iteration(name): path / name for name in listing(path)}
+    found = {parse_iteration(name): path / name for name in listing(str(path))}
     return {step: found[step] for step in sorted(s for s in found if s is not None) if found[step].is_dir()}
 
 
@@ -91,6 +91,8 @@ def read(path: str, step: int | None = None) -> Source:
         headers, params, states = _distributed(folder, parse_metadata(header.path, content), common, notes)
     else:
         headers, params, states = _one_card(folder)
+    if not params:
+        raise InputError(f"{folder}: holds no parameter: its save was cut short: choose another iteration with --step")
     states = {**states_of(t for name, t in common.items() if name not in params), **states}
     return Source(FORMAT, str(folder), (*headers.values(), *json_headers), params, states, number, tuple(notes))
 
@@ -139,7 +141,7 @@ Found = tuple[dict[str, FileHeader], dict[str, Logical], dict[str, Logical]]
 
 
 def _one_card(folder: Path) -> Found:
-    names = [name for name in listing(folder) if name.endswith(".safetensors")]
+    names = [name for name in listing(str(folder)) if name.endswith(".safetensors")]
     parts = [name for name in names if (match := FILE_NAME.fullmatch(name)) and int(match["total"]) > 1]
     if parts:
         raise InputError(f"{folder}: {parts[0]} is one of several ranks' files, but there is no {METADATA}: restore it")
@@ -186,7 +188,7 @@ def _distributed(folder: Path, metadata: Metadata, common: Mapping[str, Tensor],
 
 
 def _read_headers(folder: Path, metadata: Metadata, notes: list[str]) -> dict[str, FileHeader]:
-    there = set(listing(folder))
+    there = set(listing(str(folder)))
     missing = sorted(metadata.files.keys() - there)
     if missing:
         raise InputError(f"{folder}: {METADATA} names {name_some(missing)}, which is not there: fetch it again")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from transform_ckpt import dtypes
-from transform_ckpt.errors import InputError
+from transform_ckpt.errors import InputError, first_twice
 from transform_ckpt.formats.files import storage_error, xxh3
 from transform_ckpt.tensors import FileHeader, Logical, Piece, Tensor
 from transform_ckpt.views import Shape, whole
@@ -59,8 +59,7 @@ def shard_id(name: str, number: int) -> str:
 def _refuse_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise InputError(f"{path}: {next(n for n in names if names.count(n) > 1)!r} is there twice: fetch it again")
+        raise InputError(f"{path}: {first_twice(key for key, _ in pairs)!r} is there twice: fetch it again")
     return found
 
 
@@ -125,14 +124,6 @@ def read_common(path: Path) -> tuple[dict[str, Tensor], FileHeader]:
 def states_of(tensors: Iterable[Tensor]) -> dict[str, Logical]:
     """Each tensor as a whole state that rank 0 holds."""
     return {t.name: Logical(t.name, t.dtype, t.shape, (Piece(t, whole(t.shape), 0),)) for t in tensors}
-
-
-def listing(path: Path) -> list[str]:
-    """Sorted names in a directory."""
-    try:
-        return sorted(entry.name for entry in path.iterdir())
-    except OSError as error:
-        raise storage_error(str(path), error, "listing the directory") from None
 
 
 def dump_json(content: Mapping[str, Any]) -> bytes:

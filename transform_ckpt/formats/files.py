@@ -49,6 +49,14 @@ def open_binary(path: str, doing: str = "reading the header") -> Iterator[tuple[
         os.close(fd)
 
 
+def listing(path: str) -> list[str]:
+    """Sorted names in a directory; StorageError or InputError where it cannot be listed."""
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        raise storage_error(path, error, "listing the directory") from None
+
+
 def xxh3(*chunks: bytes) -> str:
     """XXH3-128 of the chunks in order, as 32 hexadecimal digits."""
     import xxhash

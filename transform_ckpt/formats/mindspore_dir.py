@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from transform_ckpt.errors import InputError, PlanError, rank_ranges
 from transform_ckpt.formats import container_of
-from transform_ckpt.formats.files import storage_error
+from transform_ckpt.formats.files import listing, storage_error
 
 PARAM_NAME_MAP = "param_name_map.json"
 HYPER_PARAM = "hyper_param.safetensors"
@@ -43,22 +43,15 @@ def parse_step(name: str) -> Step | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def _listing(path: str) -> list[str]:
-    try:
-        return sorted(os.listdir(path))
-    except OSError as error:
-        raise storage_error(path, error, "listing the directory") from None
-
-
 def _tensor_files(path: str) -> list[str]:
-    names = [n for n in _listing(path) if container_of(n) and not n.startswith(".")]
+    names = [n for n in listing(path) if container_of(n) and not n.startswith(".")]
     return [n for n in names if os.path.isfile(os.path.join(path, n))]
 
 
 def rank_dirs(path: str) -> dict[int, str]:
     """Rank -> its directory, for every `rank_i` below `path`."""
     found: dict[int, str] = {}
-    for name in _listing(path):
+    for name in listing(path):
         match = _RANK_DIR.fullmatch(name)
         full = os.path.join(path, name)
         if not match or not os.path.isdir(full):

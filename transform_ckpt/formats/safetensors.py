@@ -16,7 +16,7 @@ from math import prod
 from typing import Any, TypeGuard
 
 from transform_ckpt import dtypes
-from transform_ckpt.errors import InputError
+from transform_ckpt.errors import InputError, first_twice
 from transform_ckpt.formats.files import open_binary, xxh3
 from transform_ckpt.tensors import Extent, FileHeader, Skeleton, Tensor, TensorSpec
 
@@ -51,8 +51,7 @@ def read_header(path: str) -> FileHeader:
 def _no_duplicates(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise _fail(path, f"the header names {next(n for n in names if names.count(n) > 1)!r} twice")
+        raise _fail(path, f"the header names {first_twice(key for key, _ in pairs)!r} twice")
     return found
 
 
@@ -153,7 +152,10 @@ def _stored_code(code: str) -> str:
 def skeleton(
     specs: Sequence[TensorSpec], metadata: Mapping[str, str], strings: Mapping[str, str] | None = None
 ) -> Skeleton:
-    """Lay a file out as the real writer does, byte for byte: by dtype, widest first, then by name: all lie aligned."""
+    """Lay a file out as the real writer does, byte for byte: by dtype, widest first, then by name: all lie aligned.
+
+    InputError where the header would be longer than readers accept.
+    """
     metadata = dict(metadata)
     if strings:
         metadata[STRINGS_KEY] = json.dumps(dict(sorted(strings.items())), ensure_ascii=False)
@@ -174,6 +176,11 @@ def skeleton(
     header = {"__metadata__": dict(sorted(metadata.items())), **entries} if metadata else entries
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER_NBYTES:
+        raise InputError(
+            f"{len(ordered):,} tensors need a safetensors header of {len(raw):,} bytes, and nobody reads more than "
+            f"{MAX_HEADER_NBYTES:,}: choose a layout with more files, or --format ckpt"
+        )
     start = 8 + len(raw)
     places = {s.name: (Extent(start + relative[s.name], s.nbytes),) for s in ordered}
     return Skeleton(start + position, ((0, len(raw).to_bytes(8, "little") + raw),), places)
