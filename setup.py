@@ -56,7 +56,7 @@ setup(
     packages=find_packages(include=["transform_ckpt", "transform_ckpt.*", "strategy", "strategy.*"]),
     package_data={"transform_ckpt": ["py.typed"], "strategy": ["py.typed"]},
     include_package_data=False,
-    zip_safe=False,
+    package_dir={"": "."},  # editable installs become one path line: no import hook at every start
     install_requires=BASE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["transform-ckpt = transform_ckpt.cli:main"]},
