@@ -173,7 +173,7 @@ def test_any_strides_on_both_sides(data: st.DataObject, block_nbytes: int) -> No
 def test_no_more_memory_than_two_blocks() -> None:
     mover = Mover(1000)
     assert (len(mover._block), len(mover._strip), mover.block_nbytes) == (1000, 1000, 1000)
-    assert Mover().block_nbytes == kernels.BLOCK_NBYTES == 256 * 1024
+    assert Mover().block_nbytes == kernels.BLOCK_NBYTES == 384 * 1024
 
 
 def test_only_the_rows_asked_for_are_touched() -> None:
