@@ -383,6 +383,8 @@ def children(pid: int) -> list[int]:
 
 def units_done(partial: Path) -> int:
     """Lines in the journal."""
-    return sum(
-        data.count(b'"') > 0 for log in partial.glob(".journal/units-*") for data in log.read_bytes().splitlines()
-    )
+    count = 0
+    with contextlib.suppress(FileNotFoundError):  # the run may be finishing meanwhile: logs and directory go
+        for log in partial.glob(".journal/units-*"):
+            count += sum(data.count(b'"') > 0 for data in log.read_bytes().splitlines())
+    return count
