@@ -44,7 +44,7 @@ def run_ranks(
     if list(ranks) == list(range(len(plan.target.files))):
         run(plan, dst, options, check)
         return True
-    for src in (plan.source.root, *(header.path for header in plan.source.headers)):
+    for src in plan.source.paths():
         check_not_inside(src, dst)
     _check_room(plan, dst, ranks, options)
     files = tuple(plan.target.files[rank] for rank in ranks)

@@ -94,7 +94,7 @@ class Execution:
     def run(self, check: Callable[[str], None] | None = None) -> None:
         """Prepare, move, finish, check, commit."""
         check_destination(self.dst, overwrite=self.options.overwrite)
-        for src in (self.plan.source.root, *(header.path for header in self.plan.source.headers)):
+        for src in self.plan.source.paths():
             check_not_inside(src, self.dst)
             check_not_inside(src, self.partial)
         check_crcs(self.plan.source.headers, self.options)

@@ -128,6 +128,10 @@ class Source:
     step: int | None = None
     notes: tuple[str, ...] = ()
 
+    def paths(self) -> tuple[str, ...]:
+        """The root and every file, which may lie elsewhere behind symbolic links."""
+        return (self.root, *(header.path for header in self.headers))
+
 
 @dataclass(frozen=True, slots=True)
 class TargetFile:

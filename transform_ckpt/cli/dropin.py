@@ -137,7 +137,7 @@ def _transform_checkpoint(arguments: argparse.Namespace) -> None:
     target = strategy_path(arguments.dst_strategy, "--dst_strategy")
     strategy = api.read_strategy(target)
     world = strategy.world if strategy else 1
-    if arguments.world_size not in (None, world) and (arguments.world_size != 1 or strategy is not None):
+    if arguments.world_size not in (None, world):
         raise InputError(
             f"--world_size {arguments.world_size}, but {target or 'complete weights'} means {world}: "
             "give the strategy of the job that will load the result"
