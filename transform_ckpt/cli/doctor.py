@@ -15,7 +15,7 @@ import click
 from transform_ckpt.cli.options import PATH, human, json_flag
 from transform_ckpt.version import VERSION
 
-NEEDED = ("numpy", "click", "xxhash", "ml_dtypes", "rich")
+NEEDED = ("numpy", "click", "xxhash", "ml_dtypes", "pyyaml", "rich")
 OPTIONAL = ("mindspore", "mindformers", "torch", "megatron-core", "transformers", "safetensors")
 BAD_SAFETENSORS = "0.8.0"
 
