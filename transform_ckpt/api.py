@@ -204,15 +204,15 @@ def load(
     that the rank needs are read, one parameter at a time.  `carry` and `allow_missing` as for `plan`; raises InputError
     and PlanError at the call, StorageError while reading.
     """
-    from transform_ckpt.memory import load_rank
+    from transform_ckpt.memory import load_file
 
     target = read_strategy(dst_strategy)
     world = target.world if target else 1
     if not 0 <= rank < world:
         raise InputError(f"rank {rank} of a destination strategy for {world} ranks")
     source = open_checkpoint(src, src_strategy, step, allow_missing)
-    laid_out = lay_out(source, target, TargetOptions("ckpt", optimizer=optimizer, carry=tuple(carry)))
-    return load_rank(source, laid_out, rank)
+    options = TargetOptions("ckpt", optimizer=optimizer, carry=tuple(carry))
+    return load_file(planner.build(source, lay_out(source, target, options, [rank])))
 
 
 __all__ = ["Plan", "Result", "RunOptions", "convert", "detect", "load", "open_checkpoint", "plan", "read_strategy"]

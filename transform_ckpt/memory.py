@@ -1,29 +1,27 @@
-"""One rank's parameters into memory: the plan for a single file, moved into arrays."""
+"""One rank's parameters into memory: the plan of a single file, moved into arrays."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from transform_ckpt import dtypes, planner
 from transform_ckpt.kernels import Mover
+from transform_ckpt.planner import Plan
 from transform_ckpt.store import FileTable, MemoryWriter, TensorReader
-from transform_ckpt.tensors import Source, Target, TensorSpec
+from transform_ckpt.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def load_rank(source: Source, target: Target, rank: int) -> Iterator[tuple[str, np.ndarray[Any, Any] | str]]:
-    """(name, array) of every tensor of the rank's file, in the file's order."""
-    alone = replace(target, files=(target.files[rank],))
-    plan = planner.build(source, alone)
+def load_file(plan: Plan) -> Iterator[tuple[str, np.ndarray[Any, Any] | str]]:
+    """(name, array) of every tensor of the plan's first file, in the file's order; the plan should have no other."""
     groups: dict[str, list[planner.Group]] = {}
     for group in plan.groups:
         groups.setdefault(group.name, []).append(group)
-    return _arrays(groups, alone.files[0].specs)
+    return _arrays(groups, plan.target.files[0].specs)
 
 
 def _arrays(

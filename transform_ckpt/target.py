@@ -58,18 +58,20 @@ class Placement:
     box: Box
 
 
-def lay_out(source: Source, strategy: Strategy | None, options: TargetOptions) -> Target:
-    """The destination for `strategy` (None = complete weights, rank 0 alone)."""
+def lay_out(
+    source: Source, strategy: Strategy | None, options: TargetOptions, ranks: Sequence[int] | None = None
+) -> Target:
+    """The destination for `strategy` (None = complete weights, rank 0 alone); with `ranks`, their files only."""
     chosen = _choose(source, strategy, options)
     if options.unified:
         if strategy is not None and strategy.world > 1:
             raise UsageError("--unified writes complete weights: drop the destination strategy")
         files, small = lay_out_parts([*chosen.params.values()], [*chosen.states.values()])
         return Target("mindspore-unified", files, small, chosen.dropped, chosen.notes)
-    placements = [*_placements(chosen.params, strategy)]
+    ranks = range(strategy.world if strategy else 1) if ranks is None else ranks
+    placements = [*_placements(chosen.params, strategy, ranks)]
     if options.checkpoint2:
         return _checkpoint2(source, placements, chosen, options)
-    ranks = range(strategy.world if strategy else 1)
     placements += [Placement(r, s, whole(s.shape)) for s in chosen.states.values() for r in ranks]
     by_rank: dict[int, list[Placement]] = {rank: [] for rank in ranks}
     for placement in placements:
@@ -227,11 +229,12 @@ def _stages(strategy: Strategy, name: str) -> tuple[int, ...]:
     return found or ()
 
 
-def _placements(params: Mapping[str, Logical], strategy: Strategy | None) -> list[Placement]:
+def _placements(params: Mapping[str, Logical], strategy: Strategy | None, ranks: Sequence[int]) -> list[Placement]:
     if strategy is None:
         return [Placement(0, logical, whole(logical.shape)) for logical in params.values()]
     problems = Problems()
     found: list[Placement] = []
+    wanted = [[r - of.start for r in ranks if r in of] for of in map(strategy.ranks, range(len(strategy.stages)))]
     cache: dict[tuple[Layout, tuple[int, ...]], tuple[Box, ...]] = {}
     for name, logical in params.items():
         for stage in _stages(strategy, name):
@@ -249,7 +252,7 @@ def _placements(params: Mapping[str, Logical], strategy: Strategy | None) -> lis
                     )
                     continue
             first = strategy.ranks(stage).start
-            found.extend(Placement(first + local, logical, box) for local, box in enumerate(boxes))
+            found.extend(Placement(first + local, logical, boxes[local]) for local in wanted[stage])
     problems.raise_if_any(InputError)
     return found
 
