@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Plans are large and without cycles: looking for cycles would cost three times the planning itself."""
     enabled = gc.isenabled()
     gc.disable()
@@ -62,7 +62,7 @@ def open_checkpoint(
     return values.settle(open_source(os.fspath(src), read_strategy(strategy), step, allow_missing))
 
 
-@_no_collection()
+@without_collection()
 def plan(
     src: str | os.PathLike[str],
     *,
@@ -204,15 +204,32 @@ def load(
     that the rank needs are read, one parameter at a time.  `carry` and `allow_missing` as for `plan`; raises InputError
     and PlanError at the call, StorageError while reading.
     """
-    from transform_ckpt.memory import load_file
-
     target = read_strategy(dst_strategy)
     world = target.world if target else 1
     if not 0 <= rank < world:
         raise InputError(f"rank {rank} of a destination strategy for {world} ranks")
     source = open_checkpoint(src, src_strategy, step, allow_missing)
     options = TargetOptions("ckpt", optimizer=optimizer, carry=tuple(carry))
-    return load_file(planner.build(source, lay_out(source, target, options, [rank])))
+    return load_planned(planner.build(source, lay_out(source, target, options, [rank])))
 
 
-__all__ = ["Plan", "Result", "RunOptions", "convert", "detect", "load", "open_checkpoint", "plan", "read_strategy"]
+def load_planned(made: Plan) -> Iterator[tuple[str, np.ndarray[Any, Any] | str]]:
+    """(name, array or string) of every tensor of a plan for one file, in the file's order; nothing is written."""
+    from transform_ckpt.memory import load_file
+
+    return load_file(made)
+
+
+__all__ = [
+    "Plan",
+    "Result",
+    "RunOptions",
+    "convert",
+    "detect",
+    "load",
+    "load_planned",
+    "open_checkpoint",
+    "plan",
+    "read_strategy",
+    "without_collection",
+]

@@ -23,18 +23,25 @@ STRATEGY_DIRECTORY = "strategy"
 
 def check_tree(root: str, found: Mapping[str, Any]) -> list[str]:
     """What differs between a directory and its manifest: one line per fault, empty when all is as it was written."""
-    faults: list[str] = []
-    table = FileTable(os.O_RDONLY)
-    try:
-        for relpath, entry in found["files"].items():
-            faults += _check_file(table, os.path.join(root, relpath), relpath, entry)
-        for relpath, entry in found.get("small_files", {}).items():
-            faults += _check_small(os.path.join(root, relpath), relpath, entry)
-    finally:
-        table.close()
+    faults = check_files(root, found["files"])
+    for relpath, entry in found.get("small_files", {}).items():
+        faults += _check_small(os.path.join(root, relpath), relpath, entry)
     listed = {*found["files"], *found.get("small_files", {}), manifest.NAME}
     faults += [f"{name}: is not in {manifest.NAME}" for name in _tensor_files(root) if name not in listed]
     return faults
+
+
+def check_files(root: str, entries: Mapping[str, Any]) -> list[str]:
+    """What differs between some files below a directory and what a manifest says of them (`files` of it)."""
+    table = FileTable(os.O_RDONLY)
+    try:
+        return [
+            fault
+            for relpath, entry in entries.items()
+            for fault in _check_file(table, os.path.join(root, relpath), relpath, entry)
+        ]
+    finally:
+        table.close()
 
 
 def check_source(source: Source, *, full: bool) -> None:

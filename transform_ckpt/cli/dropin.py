@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from transform_ckpt.cli import run
-from transform_ckpt.errors import InputError, PlanError, UsageError, rank_ranges
+from transform_ckpt.errors import InputError, UsageError, rank_ranges
 
 TRUE, FALSE = ("true", "1", "yes", "y", "on"), ("false", "0", "no", "n", "off", "")
 
@@ -132,6 +132,7 @@ def transform_checkpoint() -> int:
 def _transform_checkpoint(arguments: argparse.Namespace) -> None:
     from transform_ckpt import api
     from transform_ckpt.coordinate import MARK, run_ranks
+    from transform_ckpt.sharing import named_sources, share
 
     source = strategy_path(arguments.src_strategy, "--src_strategy")
     target = strategy_path(arguments.dst_strategy, "--dst_strategy")
@@ -165,45 +166,3 @@ def _share_text(ranks: Sequence[int], *, complete: bool) -> str:
     if not ranks:
         return "no target rank is this process's share"
     return f"ranks {rank_ranges(ranks)}" + ("" if complete else "; others are not there yet")
-
-
-def share(world: int, processes: int, rank: int | None) -> Sequence[int]:
-    """Target ranks of one process: all when no rank was given, else a contiguous block, as the original shares them."""
-    if processes < 1:
-        raise UsageError(f"--transform_process_num {processes}: expected 1 or more")
-    processes = min(processes, world)
-    if world % processes:
-        raise UsageError(f"--transform_process_num {processes} does not divide the {world} target ranks")
-    if rank is None:
-        return range(world)
-    if not 0 <= rank < world:
-        raise UsageError(f"--rank_id {rank} of {world} target ranks")
-    block = world // processes
-    return range(rank, rank + block) if rank % block == 0 else range(0)
-
-
-def named_sources(path: str) -> dict[str, str]:
-    """Checkpoint name -> path: a directory of ranks by its own name, complete files each by its stem."""
-    path = os.path.abspath(path)
-    from transform_ckpt.formats import container_of, mindspore_dir
-
-    if os.path.isdir(path) and not mindspore_dir.rank_dirs(path):
-        names = [n for n in sorted(os.listdir(path)) if container_of(n) and not n.startswith(".")]
-        files = [os.path.join(path, n) for n in names if os.path.isfile(os.path.join(path, n))]
-        if any(f.endswith(".safetensors") for f in files):
-            return {os.path.basename(path): path}
-        if not files:
-            raise InputError(f"{path}: no rank_0 directory and no checkpoint file in it: check the path")
-    elif os.path.isfile(path):
-        files = [path]
-    elif os.path.isdir(path):
-        return {os.path.basename(path): path}
-    else:
-        raise InputError(f"{path}: not found: check --src_checkpoint")
-    found: dict[str, str] = {}
-    for file in files:
-        stem = os.path.basename(file).split(".")[0] or os.path.basename(file)
-        if stem in found:
-            raise PlanError(f"{found[stem]} and {file} would both become {stem}: rename one")
-        found[stem] = file
-    return found

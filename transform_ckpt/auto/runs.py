@@ -1,0 +1,78 @@
+"""Where a run's results lie: `{output}/auto_trans/{run}/`, with the well-known names pointing at the newest.
+
+    {output}/strategy                -> auto_trans/{run}/strategy
+    {output}/transformed_checkpoint  -> auto_trans/{run}/transformed_checkpoint
+
+MindFormers 1.9.0 writes to the well-known names themselves and deletes them at the start of every run (utils/file_utils
+`clear_auto_trans_output`).  Here they change only when every rank has looked up what they pointed at, since the source
+of a run may be named by them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection
+from contextlib import suppress
+
+from transform_ckpt.auto.rendezvous import DIRECTORY
+from transform_ckpt.destination import unused_name
+from transform_ckpt.formats.files import storage_error
+
+STRATEGY = "strategy"
+TRANSFORMED = "transformed_checkpoint"
+_RUN = re.compile(r"\d{8}_\d{6}_[0-9a-f]{6}")
+
+
+def point(output: str, run_id: str, name: str, say: Callable[[str], None]) -> None:
+    """Let `{output}/{name}` mean this run's.  What lay there of another program is moved aside, never removed."""
+    output = os.path.abspath(output)
+    known, target = os.path.join(output, name), os.path.join(DIRECTORY, run_id, name)
+    part = f"{known}.{run_id}.tmp"
+    try:
+        if os.path.lexists(known) and not os.path.islink(known):
+            if os.listdir(known) if os.path.isdir(known) else True:
+                aside = unused_name(os.path.join(output, f"{name}.before_{run_id}"))
+                os.rename(known, aside)
+                say(f"{known}: was not ours, moved to {aside}")
+            else:
+                os.rmdir(known)
+        with suppress(FileNotFoundError):
+            os.unlink(part)
+        os.symlink(target, part)
+        os.replace(part, known)
+    except OSError as error:
+        say(f"{known}: cannot point at {target} ({error.strerror}): look for this run's results there")
+
+
+def runs(output: str) -> list[str]:
+    """Ids of the runs that are there, newest last (they begin with the time)."""
+    try:
+        names = os.listdir(os.path.join(output, DIRECTORY))
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if _RUN.fullmatch(name))
+
+
+def prune(output: str, keep: int, needed: Collection[str], say: Callable[[str], None]) -> list[str]:
+    """Remove all but the `keep` newest runs; those that hold one of the `needed` paths stay.  The ids removed."""
+    removed = []
+    for run_id in runs(output)[:-keep]:
+        folder = os.path.realpath(os.path.join(output, DIRECTORY, run_id))
+        if any(os.path.realpath(path).startswith(folder + os.sep) for path in needed):
+            continue
+        try:
+            _remove(folder)
+        except OSError as error:
+            say(str(storage_error(folder, error, "removing an old run")))
+            continue
+        removed.append(run_id)
+    return removed
+
+
+def _remove(folder: str) -> None:
+    """In one step for anybody who looks: renamed first."""
+    gone = f"{folder}.removed"
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
