@@ -14,7 +14,6 @@ dead by a neighbour on its host, ends the others within seconds.  Cost at world 
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import secrets
@@ -65,7 +64,11 @@ class Rendezvous:
     # ------------------------------------------------------------------------------------------- joining
 
     def join(self) -> str:
-        """Become part of the run; its id.  InputError when rank 0 or this rank is not seen within the timeout."""
+        """Become part of the run; its id.
+
+        Rank 0 waits for everyone, the others for rank 0: InputError with who is not seen within the timeout,
+        PartialError when one has failed already.
+        """
         folder = os.path.join(self.root, "join")
         _make(folder)
         try:
@@ -80,23 +83,43 @@ class Rendezvous:
         if self.launcher.world > 1:
             self._thread = threading.Thread(target=self._watch, name="auto_trans", daemon=True)
             self._thread.start()
-        if self.launcher.world > 1 and self.launcher.rank == 0:
-            atexit.register(self._stay)
         return self.run_id
 
     def _open_run(self, folder: str) -> None:
+        """Rank 0 gathers everyone before it goes on: MindSpore's init() keeps all other threads from running."""
         for rank in _ranks_in(folder):  # of an earlier run; a rank that was quicker than this one writes again
             with suppress(FileNotFoundError):
                 os.unlink(os.path.join(folder, f"rank_{rank}.json"))
         self.run_id = time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + self._me["nonce"][:6]
         _make(self.directory)
         _write_json(os.path.join(folder, "rank_0.json"), self._me)
-        if self.launcher.world == 1:
-            self._announce(folder, {"0": self._me})
+        for left in _pauses(self.timeout):
+            found = {rank: _read_json(os.path.join(folder, f"rank_{rank}.json")) for rank in _ranks_in(folder)}
+            peers = {str(rank): peer for rank, peer in found.items() if peer.get("nonce")}
+            fault = self._fault(peers)
+            if fault:
+                _write_json(os.path.join(folder, "rank_0.json"), {**self._me, "failed": fault})
+                raise PartialError(fault)
+            if len(peers) == self.launcher.world:
+                self._peers = peers
+                _write_json(os.path.join(folder, "run.json"), {"run": self.run_id, "peers": peers})
+                return
+            if left <= 0:
+                raise InputError(self._nobody(folder))
 
-    def _announce(self, folder: str, peers: Mapping[str, Any]) -> None:
-        self._peers = peers
-        _write_json(os.path.join(folder, "run.json"), {"run": self.run_id, "peers": peers})
+    def _fault(self, peers: Mapping[str, Any]) -> str | None:
+        """Why these are not the ranks of one job."""
+        if peers.get("0", {}).get("nonce") != self._me["nonce"]:
+            return f"another job uses {self.root}: give each job an output_dir of its own"
+        for rank, peer in peers.items():
+            if peer.get("failed"):
+                return f"rank {rank} has failed: {peer['failed']}"
+            if peer.get("world") != self.launcher.world:
+                return (
+                    f"rank 0 belongs to {self.launcher.world} ranks, rank {rank} to {peer.get('world')}: start all "
+                    "ranks of one job with one world size, and give each job an output_dir of its own"
+                )
+        return None
 
     def _await_run(self, folder: str) -> None:
         me = str(self.launcher.rank)
@@ -116,20 +139,17 @@ class Rendezvous:
                 raise InputError(self._nobody(folder))
 
     def _nobody(self, folder: str) -> str:
-        seen = [r for r in _ranks_in(folder) if r < self.launcher.world]
+        seen = [rank for rank in _ranks_in(folder) if rank < self.launcher.world]
         absent = sorted(set(range(self.launcher.world)) - set(seen))
-        hosts = {str(_read_json(os.path.join(folder, f"rank_{r}.json")).get("host")) for r in seen}
-        missing = f"; of ranks {rank_ranges(absent)} there is no sign" if absent else ""
+        hosts = {str(_read_json(os.path.join(folder, f"rank_{rank}.json")).get("host")) for rank in seen}
+        missing = f"of ranks {rank_ranges(absent)} there is no sign" if absent else "rank 0 has not started the run"
         remedy = (
             f"only host {self._me['host']} writes here: output_dir must lie on storage that all nodes share, or set "
             "transform_in_memory: True, which shares nothing"
             if hosts == {self._me["host"]} and absent
             else "look at the logs of those ranks"
         )
-        return (
-            f"{folder}: rank {self.launcher.rank} waited {self.timeout:g} s for rank 0 to start the run{missing}: "
-            f"{remedy}"
-        )
+        return f"{folder}: rank {self.launcher.rank} waited {self.timeout:g} s, {missing}: {remedy}"
 
     # ------------------------------------------------------------------------------------------- milestones
 
@@ -183,12 +203,6 @@ class Rendezvous:
         """This rank has all that it needs of the others, and need not be watched any more."""
         self.reach(LOADED)
 
-    def _stay(self) -> None:
-        """A process of rank 0 that has done its work quickly stays until everyone has joined."""
-        with suppress(OSError, TransformError):
-            if not self._ended.is_set():
-                self.wait("joined", range(self.launcher.world))
-
     def leave(self) -> None:
         """No longer watch, nor be ended by, the others."""
         self._ended.set()
@@ -206,50 +220,19 @@ class Rendezvous:
         _write_json(os.path.join(self._folder("failed"), f"rank_{rank}.json"), {"rank": rank, "reason": reason})
 
     def _watch(self) -> None:
-        """Rank 0 admits the others; everyone watches its host's processes until all have loaded."""
-        folder = os.path.join(self.root, "join")
-        admitting, watching = self.launcher.rank == 0, True
+        """Everyone watches its host's processes, and the record of failures, until all have loaded."""
+        watching = True
         while watching and not self._ended.is_set():
             try:
-                admitting = admitting and self._admit(folder)
                 watching = self._look_around()
             except (OSError, TransformError) as error:  # storage hiccups: the next round may be better
                 self.say(f"watching the other ranks: {error}")
-            self._ended.wait(2 * _POLL_SECONDS[0] if admitting else _WATCH_SECONDS)
-
-    def _admit(self, folder: str) -> bool:
-        """Announce newcomers; False when every rank has joined."""
-        found = {rank: _read_json(os.path.join(folder, f"rank_{rank}.json")) for rank in _ranks_in(folder)}
-        peers = {str(rank): peer for rank, peer in found.items() if peer.get("nonce")}
-        fault = self._fault(peers)
-        if fault:
-            self._record_failure(*fault)
-            self._end_here(*fault)
-        if len(peers) == self.launcher.world and peers != self._peers:
-            self._announce(folder, peers)
-        return len(self.reached("joined")) < self.launcher.world
-
-    def _fault(self, peers: Mapping[str, Any]) -> tuple[int, str] | None:
-        """(rank, reason) when these are not the ranks of one job."""
-        if peers.get("0", {}).get("nonce") != self._me["nonce"]:
-            return 0, f"another job uses {self.root}: give each job an output_dir of its own"
-        for rank, peer in peers.items():
-            if peer.get("failed"):
-                return int(rank), str(peer["failed"])
-            if peer.get("world") != self.launcher.world:
-                return int(rank), (
-                    f"rank 0 belongs to {self.launcher.world} ranks, rank {rank} to {peer.get('world')}: start all "
-                    "ranks of one job with one world size, and give each job an output_dir of its own"
-                )
-        return None
+            self._ended.wait(_WATCH_SECONDS)
 
     def _look_around(self) -> bool:
         """End this process when another rank has failed; False when all have loaded."""
         for rank, reason in self._failures():
             self._end_here(rank, reason)
-        if len(self.reached("joined")) < self.launcher.world:
-            return True
-        self._peers = _read_json(os.path.join(self.root, "join", "run.json")).get("peers", self._peers)
         loaded = self.reached(LOADED)
         for key, peer in self._peers.items():
             rank = int(key)

@@ -48,6 +48,7 @@ class AutoTransform:
         self.strategy: Strategy | None = None
         self.plans: dict[str, Plan] = {}
         self.read_nbytes = 0
+        self._published = False
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -55,8 +56,9 @@ class AutoTransform:
         try:
             yield
         except BaseException as error:
-            self.rendezvous.fail(str(error) or type(error).__name__)
-            self.rendezvous.leave()
+            if self.shares or self.rendezvous.run_id:
+                self.rendezvous.fail(str(error) or type(error).__name__)
+                self.rendezvous.leave()
             raise
 
     @property
@@ -93,14 +95,21 @@ class AutoTransform:
     def use_strategy(self, strategy: Strategy | None) -> Strategy | None:
         """This job's strategy, known to every rank by rule; None for one rank, which has everything.
 
-        Each rank writes its own file for whoever comes later; nobody waits.
+        Nobody waits.  When the run writes at all, each rank writes its own file for whoever comes later.
         """
         self._check_world(strategy)
         self.strategy = strategy
-        if strategy is not None and self.shares:
-            write_own(strategy, self.strategy_directory, self.launcher.rank)
-            self._strategy_is_written(strategy)
+        if self.shares:
+            self.publish_strategy()
         return strategy
+
+    def publish_strategy(self) -> None:
+        """Write this rank's strategy file; the well-known name points at the directory when all ranks have done so."""
+        if self.strategy is None or self._published:
+            return
+        self._published = True
+        write_own(self.strategy, self.strategy_directory, self.launcher.rank)
+        self._strategy_is_written(self.strategy)
 
     def collect_strategy(self, stages: int) -> Strategy:
         """This job's strategy as the compiler has written it to `strategy_directory`, each rank its own file.
@@ -111,6 +120,7 @@ class AutoTransform:
         self.rendezvous.reach(STRATEGY_WRITTEN)
         self.rendezvous.wait(STRATEGY_WRITTEN, first_ranks(world, stages))
         self.strategy = read_compiled(directory, world, stages)
+        self._published = True
         self._strategy_is_written(self.strategy)
         return self.strategy
 
@@ -168,8 +178,6 @@ class AutoTransform:
 
     def _strategy_is_written(self, strategy: Strategy) -> None:
         """Whoever finds everyone done lets the well-known name mean this run's: all have looked up their source."""
-        if self.origin is None:
-            self.resolve()
         if self.rendezvous.reach("strategy_known"):
             write_merged(strategy, self.strategy_directory)
             runs.point(self.output, self.rendezvous.run_id, runs.STRATEGY, self.say)

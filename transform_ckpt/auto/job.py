@@ -1,0 +1,139 @@
+"""A job of run_mindformer.py, from its settings to its end: which rank, which strategies, which trainer.
+
+With MindFormers and an accelerator the job is MindFormers' own, with our transform in the place of its; without, the
+embedded Llama runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from strategy.generate import Generated
+from strategy.layout import Strategy
+from transform_ckpt.auto import runs
+from transform_ckpt.auto.accounting import account
+from transform_ckpt.auto.request import Request
+from transform_ckpt.auto.settings import JobSettings, check_source, check_world, read_settings
+from transform_ckpt.auto.strategies import by_rule, write_merged, write_own
+from transform_ckpt.auto.transform import AutoTransform
+from transform_ckpt.launcher import Launcher, find_launcher
+from transform_ckpt.views import Shape
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Held = dict[str, np.ndarray[Any, Any] | str]
+
+Say = Callable[[str], None]
+
+
+def main(argv: Sequence[str], work_path: str, say: Say = print) -> None:
+    """Run the job of a command line; errors of transform_ckpt.errors go to the caller."""
+    settings = read_settings(argv, work_path=work_path)
+    launcher = find_launcher(settings.rank_id, settings.world_size)
+    if launcher.scheduler:
+        say(f"{launcher}: converts nothing, waits for the workers")
+        from transform_ckpt.embedded.job import run_scheduler
+
+        run_scheduler()
+        return
+    first = launcher.rank == 0
+    say(f"{settings.config}: {settings.run_mode}, {launcher}")
+    for note in settings.notes if first else ():
+        say(f"note: {note}")
+    if settings.only_save_strategy:
+        save_strategy(settings, launcher, say)
+        return
+    check_world(settings, launcher.world)
+    Job(settings, launcher, say).run()
+
+
+def request_of(settings: JobSettings, *, optimizer: bool) -> Request:
+    """What the settings ask of the automatic transform."""
+    return Request(
+        load_checkpoint=settings.load_checkpoint or "",
+        output_dir=settings.output_dir,
+        src_strategy=settings.src_strategy,
+        transform=settings.auto_trans_ckpt,
+        resume=settings.resume_training if isinstance(settings.resume_training, str) else None,
+        processes=settings.transform_process_num,
+        in_memory=settings.transform_in_memory,
+        optimizer=optimizer,
+        container=settings.load_ckpt_format,
+        keep=settings.keep,
+        timeout=settings.transform_timeout,
+    )
+
+
+def save_strategy(settings: JobSettings, launcher: Launcher, say: Say) -> None:
+    """only_save_strategy: all ranks' files when one process runs, each its own under a launcher."""
+    generated = by_rule(settings.document, settings.config)
+    _say_notes(generated, launcher, say)
+    if launcher.world > 1:
+        check_world(settings, launcher.world)
+        job = AutoTransform(request_of(settings, optimizer=False), launcher, say)
+        with job.together():
+            job.use_strategy(generated.strategy)
+            job.publish_strategy()
+            job.rendezvous.loaded()
+        directory = job.strategy_directory
+    else:
+        job = AutoTransform(request_of(settings, optimizer=False), launcher, say)
+        directory = job.strategy_directory
+        for rank in range(generated.strategy.world):
+            write_own(generated.strategy, directory, rank)
+        write_merged(generated.strategy, directory)
+        runs.point(settings.output_dir, job.rendezvous.run_id, runs.STRATEGY, say)
+    say(f"only_save_strategy: strategy files are in {os.path.join(settings.output_dir, runs.STRATEGY)} ({directory})")
+
+
+class Job:
+    """One rank of a training, evaluation or prediction."""
+
+    def __init__(self, settings: JobSettings, launcher: Launcher, say: Say) -> None:
+        self.settings, self.launcher, self.say = settings, launcher, say
+        self.transform = AutoTransform(request_of(settings, optimizer=bool(settings.resume_training)), launcher, say)
+        self.strategy: Strategy | None = None
+
+    def run(self) -> None:
+        """To the end of the job."""
+        if self.settings.use_parallel and self.launcher.world > 1:
+            generated = by_rule(self.settings.document, self.settings.config)
+            _say_notes(generated, self.launcher, self.say)
+            self.strategy = generated.strategy
+        from transform_ckpt.auto.embedded_run import run_embedded
+
+        with self.transform.together():
+            run_embedded(self)
+
+    def load(self, expected: Mapping[str, Shape]) -> Held:
+        """This rank's tensors of load_checkpoint, cut as the job needs them, each accounted for."""
+        job = self.transform
+        found = job.resolve()
+        kind = {"ranks": "ranks", "file": "file"}.get(found.kind, "complete")
+        notes = check_source(self.settings, kind, found.ranks, found.formats, strategy=found.strategy)  # type: ignore[arg-type]
+        for note in notes if self.launcher.rank == 0 else ():
+            self.say(f"note: {note}")
+        job.use_strategy(self.strategy)
+        job.plan()
+        job.transform()
+        job.wait()
+        held = dict(job.load())
+        shapes = {name: () if isinstance(value, str) else tuple(value.shape) for name, value in held.items()}
+        result = account(expected, shapes)
+        for line in result.lines():
+            self.say(f"rank {self.launcher.rank}: {line}")
+        result.check(strict=self.settings.load_strict)
+        return held
+
+    def publish_strategy(self) -> None:
+        """What a later job needs to read the checkpoints of this one."""
+        self.transform.strategy = self.strategy
+        self.transform.publish_strategy()
+
+
+def _say_notes(generated: Generated, launcher: Launcher, say: Say) -> None:
+    for note in generated.notes if launcher.rank == 0 else ():
+        say(f"note: {note}")
