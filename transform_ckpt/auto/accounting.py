@@ -75,10 +75,11 @@ def account(
     missing = [n for n in network if n not in held and n not in others and not _is_cache(n)]
     rest = [name for name in held if name not in network]
     unused = [n for n in rest if n in extra or split_optimizer(n)[0] or is_state(n, "F32", held[n])]
+    known = set(unused)
     return Account(
         tuple(n for n in both if n not in misshapen),
         tuple(missing),
-        tuple(n for n in rest if n not in set(unused)),
+        tuple(n for n in rest if n not in known),
         misshapen,
         tuple(unused),
     )

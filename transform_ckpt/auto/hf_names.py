@@ -78,7 +78,7 @@ def _check_index(source: Source) -> None:
         return
     try:
         with open(path, encoding="utf-8") as stream:
-            wanted = json.load(stream)["weight_map"]
+            wanted = dict(json.load(stream)["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as an index ({error}): fetch it again") from None
     lost = [name for name in wanted if name not in source.params]

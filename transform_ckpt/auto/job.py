@@ -14,6 +14,7 @@ from strategy.generate import Generated
 from strategy.layout import Strategy
 from transform_ckpt.auto import runs
 from transform_ckpt.auto.accounting import account
+from transform_ckpt.auto.remote import in_modelarts
 from transform_ckpt.auto.request import Request
 from transform_ckpt.auto.settings import JobSettings, check_source, check_world, read_settings
 from transform_ckpt.auto.strategies import by_rule, write_merged, write_own
@@ -64,6 +65,7 @@ def request_of(settings: JobSettings, *, optimizer: bool) -> Request:
         container=settings.load_ckpt_format,
         keep=settings.keep,
         timeout=settings.transform_timeout,
+        remote_url=settings.remote_save_url if in_modelarts(os.environ) else None,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from transform_ckpt import manifest
 from transform_ckpt.auto.rendezvous import DIRECTORY
 from transform_ckpt.auto.runs import TRANSFORMED, runs
+from transform_ckpt.errors import TransformError
 from transform_ckpt.execute import RunOptions, run
 from transform_ckpt.formats.files import storage_error, xxh3
 from transform_ckpt.planner import Plan
@@ -81,8 +82,7 @@ def _take_over(
         found = [_record(os.path.join(there, RECORDS, name, f"{_folder(plan, n)}.json"), key) for n in _files(plan)]
         if other == run_id or not all(found):
             continue
-        entries = {relpath: entry for record in found for relpath, entry in record["manifest"]["files"].items()}
-        faults = check_files(os.path.join(there, TRANSFORMED, name), entries)
+        faults = _faults(os.path.join(there, TRANSFORMED, name), found)
         if faults:
             say(f"the result of run {other} is not what was written, made anew: {faults[0]}")
             continue
@@ -91,9 +91,20 @@ def _take_over(
                   plan.target.files[number].relpath)  # fmt: skip
             path = os.path.join(output, DIRECTORY, run_id, RECORDS, name, f"{_folder(plan, number)}.json")
             _write(path, record)
-        say(f"ranks are taken over from run {other}: same source, same strategies, digests compared")
+        if _folder(plan, 0) == "rank_0":  # one line, not one for each process
+            say(f"ranks are taken over from run {other}: same source, same strategies, digests compared")
         return True
     return False
+
+
+def _faults(there: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is not as the records say; what cannot be read, or makes no sense, is not taken over either."""
+    try:
+        return check_files(there, {k: entry for record in records for k, entry in record["manifest"]["files"].items()})
+    except (TransformError, OSError) as error:
+        return [str(error)]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ["its records are damaged"]
 
 
 def _link(there: str, here: str, relpath: str) -> None:

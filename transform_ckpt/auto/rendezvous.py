@@ -1,52 +1,60 @@
-"""The ranks of one job find each other through the output directory: a run id, milestones, failures.
+"""The ranks of one job find each other by notes: a run id, milestones, failures.
 
-Files below `{output}/auto_trans/`:
+Notes (board.py) lie in `{output}/auto_trans/`, on ModelArts in the bucket:
 
-    join/rank_{r}.json                  who rank r is: nonce, host, process, world
-    join/run.json                       written by rank 0: the run's id and everyone's nonce
-    {run}/ranks/{milestone}/rank_{r}    rank r has reached the milestone
-    {run}/ranks/failed/rank_{r}.json    rank r has failed, and why
+    join/rank_{r}.json                       who rank r is: nonce, host, process, world
+    join/run.json                            written by rank 0: the run's id and everyone's nonce
+    {run}/ranks/{milestone}/rank_{r}.json    rank r has reached the milestone
+    {run}/ranks/failed/rank_{r}.json         rank r has failed, and why
 
-A rank belongs to the run when run.json holds the nonce that the rank has just drawn, so files of an earlier run are
+A rank belongs to the run when run.json holds the nonce that the rank has just drawn, so notes of an earlier run are
 never taken for this one's.  Every wait has a timeout and names the ranks it waits for.  A rank that fails, or is seen
-dead by a neighbour on its host, ends the others within seconds.  Cost at world size N: one directory listing a poll.
+dead by a neighbour on its host, ends the others within seconds.  Cost at world size N: one listing a poll.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from transform_ckpt.errors import InputError, PartialError, StorageError, TransformError, rank_ranges
-from transform_ckpt.formats.files import storage_error
+from transform_ckpt.auto.board import Board, LocalBoard
+from transform_ckpt.errors import InputError, PartialError, TransformError, rank_ranges
 from transform_ckpt.launcher import Launcher
 
 DIRECTORY = "auto_trans"
 LOADED = "loaded"
 """The last milestone: a rank that has reached it is no longer watched."""
 
-_POLL_SECONDS = (0.02, 0.5)
-"""First and longest pause between two looks."""
-
 _WATCH_SECONDS = 0.5
 _GRACE_SECONDS = 3.0
 """How long a rank that saw another's failure may still take to end by itself, with a message of its own."""
 
 
-class Rendezvous:
-    """One rank's view of its job.  `say` takes lines for the log."""
+class OtherRankError(PartialError):
+    """This rank ends because another has failed."""
 
-    def __init__(self, output: str, launcher: Launcher, timeout: float, say: Callable[[str], None]) -> None:
+
+class Rendezvous:
+    """One rank's view of its job.  `say` takes lines for the log; `board` is where notes go, default the output."""
+
+    def __init__(
+        self,
+        output: str,
+        launcher: Launcher,
+        timeout: float,
+        say: Callable[[str], None],
+        board: Board | None = None,
+    ) -> None:
         self.root = os.path.join(os.path.abspath(output), DIRECTORY)
         self.launcher, self.timeout, self.say = launcher, timeout, say
+        self.board = board or LocalBoard(self.root)
         self.run_id = ""
         self._me = _identity(launcher)
         self._peers: Mapping[str, Any] = {}
@@ -55,11 +63,11 @@ class Rendezvous:
 
     @property
     def directory(self) -> str:
-        """This run's own directory."""
+        """This run's own directory, on this host."""
         return os.path.join(self.root, self.run_id)
 
     def _folder(self, milestone: str) -> str:
-        return os.path.join(self.directory, "ranks", milestone)
+        return f"{self.run_id}/ranks/{milestone}"
 
     # ------------------------------------------------------------------------------------------- joining
 
@@ -69,48 +77,40 @@ class Rendezvous:
         Rank 0 waits for everyone, the others for rank 0: InputError with who is not seen within the timeout,
         PartialError when one has failed already.
         """
-        folder = os.path.join(self.root, "join")
-        _make(folder)
-        try:
-            if self.launcher.rank == 0:
-                self._open_run(folder)
-            else:
-                self._await_run(folder)
-            _make(self._folder("failed"))
-        except OSError as error:
-            raise storage_error(folder, error, "joining the other ranks") from None
+        if self.launcher.rank == 0:
+            self._open_run()
+        else:
+            self._await_run()
         self.reach("joined")
         if self.launcher.world > 1:
             self._thread = threading.Thread(target=self._watch, name="auto_trans", daemon=True)
             self._thread.start()
         return self.run_id
 
-    def _open_run(self, folder: str) -> None:
+    def _open_run(self) -> None:
         """Rank 0 gathers everyone before it goes on: MindSpore's init() keeps all other threads from running."""
-        for rank in _ranks_in(folder):  # of an earlier run; a rank that was quicker than this one writes again
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, f"rank_{rank}.json"))
-        self.run_id = time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + self._me["nonce"][:6]
-        _make(self.directory)
-        _write_json(os.path.join(folder, "rank_0.json"), self._me)
-        for left in _pauses(self.timeout):
-            found = {rank: _read_json(os.path.join(folder, f"rank_{rank}.json")) for rank in _ranks_in(folder)}
+        for rank in self._ranks_in("join"):  # of an earlier run; a rank that was quicker than this one writes again
+            self.board.delete(_hello(rank))
+        run_id = time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + self._me["nonce"][:6]
+        self.board.write(_hello(0), self._me)
+        for left in self._pauses():
+            found = {rank: self.board.read(_hello(rank)) for rank in self._ranks_in("join")}
             peers = {str(rank): peer for rank, peer in found.items() if peer.get("nonce")}
             fault = self._fault(peers)
             if fault:
-                _write_json(os.path.join(folder, "rank_0.json"), {**self._me, "failed": fault})
+                self.board.write(_hello(0), {**self._me, "failed": fault})
                 raise PartialError(fault)
             if len(peers) == self.launcher.world:
-                self._peers = peers
-                _write_json(os.path.join(folder, "run.json"), {"run": self.run_id, "peers": peers})
+                self.run_id, self._peers = run_id, peers
+                self.board.write("join/run.json", {"run": run_id, "peers": peers})
                 return
             if left <= 0:
-                raise InputError(self._nobody(folder))
+                raise InputError(self._nobody())
 
     def _fault(self, peers: Mapping[str, Any]) -> str | None:
         """Why these are not the ranks of one job."""
         if peers.get("0", {}).get("nonce") != self._me["nonce"]:
-            return f"another job uses {self.root}: give each job an output_dir of its own"
+            return f"another job uses {self.board.where}: give each job an output_dir of its own"
         for rank, peer in peers.items():
             if peer.get("failed"):
                 return f"rank {rank} has failed: {peer['failed']}"
@@ -121,27 +121,32 @@ class Rendezvous:
                 )
         return None
 
-    def _await_run(self, folder: str) -> None:
-        me = str(self.launcher.rank)
-        mine, run = os.path.join(folder, f"rank_{me}.json"), os.path.join(folder, "run.json")
-        began = 0.0
-        for left in _pauses(self.timeout):
-            if _read_json(mine).get("nonce") != self._me["nonce"]:
-                _write_json(mine, self._me)
-                began = began or os.stat(mine).st_mtime
-            found = _read_json(run)
+    def _await_run(self) -> None:
+        mine = _hello(self.launcher.rank)
+        began: float | None = None
+        for left in self._pauses():
+            if self.board.read(mine).get("nonce") != self._me["nonce"]:
+                self.board.write(mine, self._me)
+                began = began or self.board.time(mine)
+            found = self.board.read("join/run.json")
             peers = found.get("peers", {})
-            if peers.get(me, {}).get("nonce") == self._me["nonce"]:
+            if peers.get(str(self.launcher.rank), {}).get("nonce") == self._me["nonce"]:
                 self.run_id, self._peers = str(found["run"]), peers
                 return
-            _check_early_failures(folder, began)
+            self._check_rank_0(began)
             if left <= 0:
-                raise InputError(self._nobody(folder))
+                raise InputError(self._nobody())
 
-    def _nobody(self, folder: str) -> str:
-        seen = [rank for rank in _ranks_in(folder) if rank < self.launcher.world]
+    def _check_rank_0(self, began: float | None) -> None:
+        """PartialError when rank 0 has failed before it could start the run: its note is newer than this rank's."""
+        reason, written = self.board.read(_hello(0)).get("failed"), self.board.time(_hello(0))
+        if reason and began is not None and written is not None and written >= began:
+            raise OtherRankError(f"rank 0 has failed: {reason}")
+
+    def _nobody(self) -> str:
+        seen = [rank for rank in self._ranks_in("join") if rank < self.launcher.world]
         absent = sorted(set(range(self.launcher.world)) - set(seen))
-        hosts = {str(_read_json(os.path.join(folder, f"rank_{rank}.json")).get("host")) for rank in seen}
+        hosts = {str(self.board.read(_hello(rank)).get("host")) for rank in seen}
         missing = f"of ranks {rank_ranges(absent)} there is no sign" if absent else "rank 0 has not started the run"
         remedy = (
             f"only host {self._me['host']} writes here: output_dir must lie on storage that all nodes share, or set "
@@ -149,37 +154,31 @@ class Rendezvous:
             if hosts == {self._me["host"]} and absent
             else "look at the logs of those ranks"
         )
-        return f"{folder}: rank {self.launcher.rank} waited {self.timeout:g} s, {missing}: {remedy}"
+        return f"{self.board.where}: rank {self.launcher.rank} waited {self.timeout:g} s, {missing}: {remedy}"
 
     # ------------------------------------------------------------------------------------------- milestones
 
     def reach(self, milestone: str) -> bool:
         """Record that this rank is there; True for a rank that finds all ranks there (at least the last does)."""
-        folder = self._folder(milestone)
-        try:
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, f"rank_{self.launcher.rank}"), "w", encoding="utf-8"):
-                pass
-        except OSError as error:
-            raise storage_error(folder, error, "recording the milestone") from None
-        return len(_ranks_in(folder)) >= self.launcher.world
+        self.board.write(f"{self._folder(milestone)}/rank_{self.launcher.rank}.json", {})
+        return len(self.reached(milestone)) >= self.launcher.world
 
     def reached(self, milestone: str) -> set[int]:
         """Ranks that are there."""
-        return set(_ranks_in(self._folder(milestone)))
+        return self._ranks_in(self._folder(milestone))
 
     def wait(self, milestone: str, ranks: Iterable[int]) -> None:
         """Until all `ranks` are there; PartialError when one has failed, or naming who is not there in time."""
         wanted = set(ranks)
-        for left in _pauses(self.timeout):
+        for left in self._pauses():
             absent = wanted - self.reached(milestone)
             if not absent:
                 return
             self.check()
             if left <= 0:
                 raise PartialError(
-                    f"{self.directory}: rank {self.launcher.rank} waited {self.timeout:g} s for {milestone!r} of ranks "
-                    f"{rank_ranges(absent)}: look at their logs; transform_timeout is the limit"
+                    f"{self.board.where}: rank {self.launcher.rank} waited {self.timeout:g} s for {milestone!r} of "
+                    f"ranks {rank_ranges(absent)}: look at their logs; transform_timeout is the limit"
                 )
 
     # ------------------------------------------------------------------------------------------- failures
@@ -187,17 +186,21 @@ class Rendezvous:
     def check(self) -> None:
         """PartialError when a rank of this run has failed."""
         for rank, reason in self._failures():
-            raise PartialError(f"rank {rank} has failed, so rank {self.launcher.rank} ends too: {reason}")
+            raise OtherRankError(f"rank {rank} has failed, so rank {self.launcher.rank} ends too: {reason}")
 
-    def fail(self, reason: str) -> None:
-        """Tell the others; never raises, for it is called while an error is on its way."""
+    def fail(self, error: BaseException) -> None:
+        """Tell the others; never raises, for it is called while an error is on its way.
+
+        Nothing is told of an error that is another rank's: its own note says more.
+        """
+        reason = str(error) or type(error).__name__
+        if isinstance(error, OtherRankError):
+            return
         with suppress(OSError, TransformError):
             if self.run_id:
                 self._record_failure(self.launcher.rank, reason)
             elif self.launcher.world > 1:
-                folder = os.path.join(self.root, "join")
-                _make(folder)
-                _write_json(os.path.join(folder, f"rank_{self.launcher.rank}.json"), {**self._me, "failed": reason})
+                self.board.write(_hello(self.launcher.rank), {**self._me, "failed": reason})
 
     def loaded(self) -> None:
         """This rank has all that it needs of the others, and need not be watched any more."""
@@ -209,25 +212,22 @@ class Rendezvous:
 
     def _failures(self) -> list[tuple[int, str]]:
         folder = self._folder("failed")
-        found = []
-        for rank in _ranks_in(folder):
-            if rank != self.launcher.rank:
-                reason = _read_json(os.path.join(folder, f"rank_{rank}.json")).get("reason", "no reason given")
-                found.append((rank, str(reason)))
-        return found
+        others = sorted(self._ranks_in(folder) - {self.launcher.rank})
+        return [(r, str(self.board.read(f"{folder}/rank_{r}.json").get("reason", "no reason given"))) for r in others]
 
     def _record_failure(self, rank: int, reason: str) -> None:
-        _write_json(os.path.join(self._folder("failed"), f"rank_{rank}.json"), {"rank": rank, "reason": reason})
+        self.board.write(f"{self._folder('failed')}/rank_{rank}.json", {"rank": rank, "reason": reason})
 
     def _watch(self) -> None:
         """Everyone watches its host's processes, and the record of failures, until all have loaded."""
+        pause = max(_WATCH_SECONDS, self.board.poll_seconds[1])
         watching = True
         while watching and not self._ended.is_set():
             try:
                 watching = self._look_around()
             except (OSError, TransformError) as error:  # storage hiccups: the next round may be better
                 self.say(f"watching the other ranks: {error}")
-            self._ended.wait(_WATCH_SECONDS)
+            self._ended.wait(pause)
 
     def _look_around(self) -> bool:
         """End this process when another rank has failed; False when all have loaded."""
@@ -255,6 +255,29 @@ class Rendezvous:
             sys.stderr.flush()
         os._exit(PartialError.exit_code)
 
+    # ------------------------------------------------------------------------------------------- notes
+
+    def _ranks_in(self, folder: str) -> set[int]:
+        """Ranks that have a note `rank_{r}.json` in a folder."""
+        stems = (name.removesuffix(".json") for name in self.board.names(folder))
+        return {int(stem[5:]) for stem in stems if stem.startswith("rank_") and stem[5:].isdigit()}
+
+    def _pauses(self) -> Iterable[float]:
+        """Seconds left, with a pause before each but the first; the last is 0 or less."""
+        pause, longest = self.board.poll_seconds
+        end = time.monotonic() + self.timeout
+        while True:
+            left = end - time.monotonic()
+            yield left
+            if left <= 0:
+                return
+            time.sleep(min(pause, max(left, 0.001)))
+            pause = min(pause * 1.5, longest)
+
+
+def _hello(rank: int) -> str:
+    return f"join/rank_{rank}.json"
+
 
 def _identity(launcher: Launcher) -> dict[str, Any]:
     return {
@@ -274,60 +297,3 @@ def _started(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]
-
-
-def _check_early_failures(folder: str, began: float) -> None:
-    """InputError when rank 0 has failed before it could start the run, since `began` (a time of the file system)."""
-    path = os.path.join(folder, "rank_0.json")
-    reason = _read_json(path).get("failed")
-    with suppress(FileNotFoundError):
-        if reason and os.stat(path).st_mtime >= began:
-            raise PartialError(f"rank 0 has failed: {reason}")
-
-
-def _pauses(timeout: float) -> Iterable[float]:
-    """Seconds left, with a pause before each but the first; the last is 0 or less."""
-    end, pause = time.monotonic() + timeout, _POLL_SECONDS[0]
-    while True:
-        left = end - time.monotonic()
-        yield left
-        if left <= 0:
-            return
-        time.sleep(min(pause, max(left, 0.001)))
-        pause = min(pause * 1.5, _POLL_SECONDS[1])
-
-
-def _make(folder: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: cannot be made ({error.strerror}): output_dir must be a directory that every rank may write"
-        ) from None
-
-
-def _ranks_in(folder: str) -> Sequence[int]:
-    """Ranks that have an entry `rank_{r}` or `rank_{r}.json` in a folder."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    stems = (n.removesuffix(".json") for n in names)
-    return sorted(int(s[5:]) for s in stems if s.startswith("rank_") and s[5:].isdigit())
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    """A small file's content; {} when it is not there, or not whole (it is replaced in one step, so: soon)."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            found = json.load(stream)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write_json(path: str, content: Mapping[str, Any]) -> None:
-    part = f"{path}.{os.getpid()}.tmp"
-    with open(part, "w", encoding="utf-8") as stream:
-        json.dump(content, stream)
-    os.replace(part, path)

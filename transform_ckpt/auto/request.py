@@ -19,6 +19,7 @@ class Request:
     `in_memory`: each rank reads its slices into its parameters, nothing is written and nobody waits.
     `resume`: the file name that resume_training may give to choose a step.
     `optimizer`: False leaves optimizer states out.  `container`: "ckpt", "safetensors" or None = the source's.
+    `remote_url`: the bucket through which nodes without a shared disk (ModelArts) give each other what they write.
     `timeout` is of every wait, in seconds.  `keep`: how many runs' results stay.
     """
 
@@ -35,6 +36,7 @@ class Request:
     timeout: float = DEFAULT_TIMEOUT_SECONDS
     workers: int = 0
     memory_nbytes: int = 1 << 30
+    remote_url: str | None = None
 
     def __post_init__(self) -> None:
         if self.in_memory and self.processes is not None:
@@ -42,6 +44,8 @@ class Request:
                 "transform_in_memory: True and transform_process_num disagree: in memory every rank reads its own "
                 "slices; drop one of them"
             )
+        if self.processes is not None and self.processes < 1:
+            raise UsageError(f"transform_process_num {self.processes}: expected 1 or more")
         if self.keep < 1:
             raise UsageError(f"keep {self.keep}: expected 1 or more, the result of this run is the first")
         if self.timeout <= 0:

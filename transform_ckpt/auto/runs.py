@@ -60,7 +60,7 @@ def prune(output: str, keep: int, needed: Collection[str], say: Callable[[str], 
     removed = []
     for run_id in runs(output)[:-keep]:
         folder = os.path.realpath(os.path.join(output, DIRECTORY, run_id))
-        if any(os.path.realpath(path).startswith(folder + os.sep) for path in needed):
+        if any(_lies_in(path, folder) for path in needed):
             continue
         try:
             _remove(folder)
@@ -69,6 +69,11 @@ def prune(output: str, keep: int, needed: Collection[str], say: Callable[[str], 
             continue
         removed.append(run_id)
     return removed
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    found = os.path.realpath(path)
+    return found == folder or found.startswith(folder + os.sep)
 
 
 def _remove(folder: str) -> None:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from strategy.layout import Strategy
 from transform_ckpt import api, planner
 from transform_ckpt.auto import hf_names, origin, runs
+from transform_ckpt.auto.bucket import Bucket
 from transform_ckpt.auto.part import join_records, make_part
+from transform_ckpt.auto.remote import Remote
 from transform_ckpt.auto.rendezvous import Rendezvous
 from transform_ckpt.auto.request import Request
 from transform_ckpt.auto.strategies import first_ranks, read_compiled, write_merged, write_own
@@ -43,7 +45,9 @@ class AutoTransform:
     def __init__(self, request: Request, launcher: Launcher, say: Callable[[str], None]) -> None:
         self.request, self.launcher, self.say = request, launcher, say
         self.output = os.path.abspath(request.output_dir)
-        self.rendezvous = Rendezvous(self.output, launcher, request.timeout, say)
+        self.bucket = Bucket(Remote.open(request.remote_url), request.timeout) if request.remote_url else None
+        board = self.bucket.board if self.bucket else None
+        self.rendezvous = Rendezvous(self.output, launcher, request.timeout, say, board)
         self.origin: origin.Origin | None = None
         self.strategy: Strategy | None = None
         self.plans: dict[str, Plan] = {}
@@ -57,7 +61,7 @@ class AutoTransform:
             yield
         except BaseException as error:
             if self.shares or self.rendezvous.run_id:
-                self.rendezvous.fail(str(error) or type(error).__name__)
+                self.rendezvous.fail(error)
                 self.rendezvous.leave()
             raise
 
@@ -109,6 +113,7 @@ class AutoTransform:
             return
         self._published = True
         write_own(self.strategy, self.strategy_directory, self.launcher.rank)
+        self._give_strategy()
         self._strategy_is_written(self.strategy)
 
     def collect_strategy(self, stages: int) -> Strategy:
@@ -117,8 +122,11 @@ class AutoTransform:
         The one wait that every rank has: for the first rank of each stage.
         """
         world, directory = self.launcher.world, self.strategy_directory
+        self._give_strategy()
         self.rendezvous.reach(STRATEGY_WRITTEN)
         self.rendezvous.wait(STRATEGY_WRITTEN, first_ranks(world, stages))
+        if self.bucket:
+            self.bucket.fetch_strategies(self.rendezvous.run_id, directory, first_ranks(world, stages))
         self.strategy = read_compiled(directory, world, stages)
         self._published = True
         self._strategy_is_written(self.strategy)
@@ -141,7 +149,7 @@ class AutoTransform:
         self._join()
         options = RunOptions(workers=self._workers(), memory_nbytes=self.request.memory_nbytes, progress=self._progress)
         for name, plan in self.plans.items():
-            if make_part(plan, self.output, self.rendezvous.run_id, name, options, self._note):
+            if make_part(plan, self.output, self.rendezvous.run_id, name, options, self.say):
                 self.read_nbytes += plan.read_nbytes
         if self.rendezvous.reach(TRANSFORMED):
             self._all_transformed()
@@ -151,6 +159,9 @@ class AutoTransform:
         if self.shares:
             self.rendezvous.wait(TRANSFORMED, [self._maker()])
             self.rendezvous.check()
+        if self.shares and self.bucket and self._maker() != self.launcher.rank:
+            for name in self.origin.checkpoints if self.origin else ():
+                self.bucket.fetch_rank(self.rendezvous, self.result_directory, name, self.launcher.rank)
 
     def load(self) -> Iterator[tuple[str, np.ndarray[Any, Any] | str]]:
         """(name, array) of every tensor of this rank, one at a time; only bytes that the rank needs are read."""
@@ -176,6 +187,11 @@ class AutoTransform:
                 "data_parallel * model_parallel * context_parallel * pipeline_stage must be their number"
             )
 
+    def _give_strategy(self) -> None:
+        if self.bucket:
+            rank, world = self.launcher.rank, self.launcher.world
+            self.bucket.give_strategy(self.rendezvous.run_id, self.strategy_directory, rank, world)
+
     def _strategy_is_written(self, strategy: Strategy) -> None:
         """Whoever finds everyone done lets the well-known name mean this run's: all have looked up their source."""
         if self.rendezvous.reach("strategy_known"):
@@ -183,7 +199,7 @@ class AutoTransform:
             runs.point(self.output, self.rendezvous.run_id, runs.STRATEGY, self.say)
 
     def _all_transformed(self) -> None:
-        for name in self.origin.checkpoints if self.origin else ():
+        for name in self.origin.checkpoints if self.origin and not self.bucket else ():
             join_records(self.output, self.rendezvous.run_id, name, self.launcher.world)
         runs.point(self.output, self.rendezvous.run_id, runs.TRANSFORMED, self.say)
         needed = [p for p in (*self._sources(), self.rendezvous.directory + os.sep) if p]
