@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategy.generate import Generated
 from strategy.layout import Strategy
-from transform_ckpt.auto import runs
+from transform_ckpt.auto import handover, runs
 from transform_ckpt.auto.accounting import account
 from transform_ckpt.auto.remote import in_modelarts
 from transform_ckpt.auto.request import Request
@@ -44,6 +44,9 @@ def main(argv: Sequence[str], work_path: str, say: Say = print) -> None:
     say(f"{settings.config}: {settings.run_mode}, {launcher}")
     for note in settings.notes if first else ():
         say(f"note: {note}")
+    if handover.possible():
+        handover.hand_over(settings)
+        return
     if settings.only_save_strategy:
         save_strategy(settings, launcher, say)
         return

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from transform_ckpt.auto import compiler
 from transform_ckpt.cli.options import PATH, human, json_flag
 from transform_ckpt.version import VERSION
 
@@ -65,6 +66,7 @@ def examine(folder: str) -> dict[str, Any]:
     reserve = _reserve(folder) if stat else "unknown"
     if reserve == "not writable":
         problems.append(f"{folder}: not writable")
+    compiles, reason = compiler.available()
     return {
         "transform_ckpt": VERSION,
         "python": platform.python_version(),
@@ -73,6 +75,7 @@ def examine(folder: str) -> dict[str, Any]:
         "memory": human(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         "free": human(stat.f_bavail * stat.f_frsize) if stat else "unknown",
         "fallocate": reserve,
+        "strategies": f"MindSpore's compiler ({reason})" if compiles else f"by rule ({reason})",
         "packages": {k: v for k, v in {**needed, **optional}.items() if v is not None},
         "notes": notes,
         "problems": problems,

@@ -17,17 +17,7 @@ import click
 
 from transform_ckpt.cli import run
 from transform_ckpt.errors import InputError, UsageError, rank_ranges
-
-TRUE, FALSE = ("true", "1", "yes", "y", "on"), ("false", "0", "no", "n", "off", "")
-
-
-def boolean(text: str) -> bool:
-    """`True`, `false`, `1`, `no` ... as people write them; anything else is refused."""
-    word = text.strip().lower()
-    if word not in (*TRUE, *FALSE):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a boolean: write True or False")
-    return word in TRUE
-
+from transform_ckpt.flags import boolean
 
 def run_tool(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], None]) -> int:
     """Parse, run, and give the exit code; errors as in every other verb."""
