@@ -148,6 +148,12 @@ class RankReader:
             problems.add(self._lost(lacking, "every layer is there"))
         elif lacking:
             self.notes.append(f"{len(lacking)} parameters of the source strategy have no tensor: {name_some(lacking)}")
+        if problems.messages and len(self.tensors) < self.strategy.world:
+            problems.messages.insert(
+                0,
+                f"{self.path}: ranks {rank_ranges(self.tensors)} are there, {self.strategy.origin} is for "
+                f"{self.strategy.world} ranks: if none was lost, it is not the strategy of this checkpoint",
+            )
         problems.raise_if_any(PlanError)
 
     def _lost(self, names: Sequence[str], though: str) -> str:

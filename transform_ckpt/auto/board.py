@@ -73,7 +73,7 @@ class LocalBoard:
         """One directory listing."""
         try:
             return [n for n in os.listdir(os.path.join(self.where, folder)) if not n.endswith(".tmp")]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # who writes says what is wrong
             return []
         except OSError as error:
             raise storage_error(os.path.join(self.where, folder), error, "looking for the other ranks") from None

@@ -37,10 +37,13 @@ class Origin:
         return self.kind == "ranks" and self.ranks > 1
 
 
-def resolve(load_checkpoint: str, src_strategy: str | None, resume: str | None = None) -> Origin:
+def resolve(
+    load_checkpoint: str, src_strategy: str | None, resume: str | None = None, *, transform: bool = True
+) -> Origin:
     """InputError when there is no checkpoint, or a strategy is needed and none is there.
 
-    `resume` is the file name that `resume_training` may give to choose a step.
+    `resume` is the file name that `resume_training` may give to choose a step.  Without `transform` (each rank loads
+    what it saved itself) no strategy is needed.
     """
     path = os.path.realpath(load_checkpoint)
     if not os.path.exists(path):
@@ -49,7 +52,7 @@ def resolve(load_checkpoint: str, src_strategy: str | None, resume: str | None =
     if resume is not None:
         step = _step_of(resume)
     kind, ranks, formats = _look(path)
-    strategy, notes = _strategy(path, src_strategy, needed=kind == "ranks" and ranks > 1)
+    strategy, notes = _strategy(path, src_strategy, needed=transform and kind == "ranks" and ranks > 1)
     if kind != "ranks" and strategy is not None:
         notes.append(f"src_strategy_path_or_dir is not used: {path} holds complete weights")
         strategy = None

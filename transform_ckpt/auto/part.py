@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ def make_part(plan: Plan, output: str, run_id: str, name: str, options: RunOptio
     `plan` is of this process's ranks only.
     """
     here = os.path.join(output, DIRECTORY, run_id)
-    key = {"plan": manifest.plan_fingerprint(plan), "source": _stamps(plan)}
+    key: dict[str, Any] = {"plan": manifest.plan_fingerprint(plan), "source": _stamps(plan)}
     target = os.path.join(here, TRANSFORMED, name)
     try:
         os.makedirs(target, exist_ok=True)
@@ -140,6 +141,7 @@ def _folder(plan: Plan, number: int) -> str:
 
 
 def _write(path: str, content: Mapping[str, Any]) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as stream:
+    part = f"{path}.{secrets.token_hex(4)}.tmp"  # several ranks may find themselves the last
+    with open(part, "w", encoding="utf-8") as stream:
         stream.write(json.dumps(content, indent=1) + "\n")
-    os.replace(path + ".tmp", path)
+    os.replace(part, path)

@@ -34,7 +34,8 @@ LOADED = "loaded"
 
 _WATCH_SECONDS = 0.5
 _GRACE_SECONDS = 3.0
-"""How long a rank that saw another's failure may still take to end by itself, with a message of its own."""
+"""How long a rank that saw another's failure may still take to end by itself, with a message of its own; and how long
+one that fails before the run is there stays, to tell those who come later."""
 
 
 class OtherRankError(PartialError):
@@ -124,24 +125,33 @@ class Rendezvous:
     def _await_run(self) -> None:
         mine = _hello(self.launcher.rank)
         began: float | None = None
+        written = False
         for left in self._pauses():
-            if self.board.read(mine).get("nonce") != self._me["nonce"]:
+            holder = self.board.read(mine).get("nonce")
+            if written and holder not in (None, self._me["nonce"]):
+                raise InputError(
+                    f"{self.board.where}: another process is rank {self.launcher.rank}, too: give each job an "
+                    "output_dir of its own, and end what an earlier job has left running"
+                )
+            if holder != self._me["nonce"]:  # of an earlier run, or removed by rank 0, which was slower than this one
                 self.board.write(mine, self._me)
-                began = began or self.board.time(mine)
+                written, began = True, began or self.board.time(mine)
             found = self.board.read("join/run.json")
             peers = found.get("peers", {})
             if peers.get(str(self.launcher.rank), {}).get("nonce") == self._me["nonce"]:
                 self.run_id, self._peers = str(found["run"]), peers
                 return
-            self._check_rank_0(began)
+            reason = self._of_rank_0(began)
+            if reason:
+                raise OtherRankError(reason if reason.startswith("rank ") else f"rank 0 has failed: {reason}")
             if left <= 0:
                 raise InputError(self._nobody())
 
-    def _check_rank_0(self, began: float | None) -> None:
-        """PartialError when rank 0 has failed before it could start the run: its note is newer than this rank's."""
+    def _of_rank_0(self, began: float | None) -> str | None:
+        """Why rank 0 has failed before it could start the run: its note is newer than this rank's."""
         reason, written = self.board.read(_hello(0)).get("failed"), self.board.time(_hello(0))
-        if reason and began is not None and written is not None and written >= began:
-            raise OtherRankError(f"rank 0 has failed: {reason}")
+        newer = began is not None and written is not None and written >= began
+        return str(reason) if reason and newer else None
 
     def _nobody(self) -> str:
         seen = [rank for rank in self._ranks_in("join") if rank < self.launcher.world]
@@ -184,9 +194,13 @@ class Rendezvous:
     # ------------------------------------------------------------------------------------------- failures
 
     def check(self) -> None:
-        """PartialError when a rank of this run has failed."""
+        """OtherRankError when a rank of this run has failed."""
         for rank, reason in self._failures():
-            raise OtherRankError(f"rank {rank} has failed, so rank {self.launcher.rank} ends too: {reason}")
+            raise OtherRankError(self._why(rank, reason))
+
+    def _why(self, rank: int, reason: str) -> str:
+        me = self.launcher.rank
+        return reason if rank == me else f"rank {rank} has failed, so rank {me} ends too: {reason}"
 
     def fail(self, error: BaseException) -> None:
         """Tell the others; never raises, for it is called while an error is on its way.
@@ -200,7 +214,17 @@ class Rendezvous:
             if self.run_id:
                 self._record_failure(self.launcher.rank, reason)
             elif self.launcher.world > 1:
-                self.board.write(_hello(self.launcher.rank), {**self._me, "failed": reason})
+                self._fail_early(reason)
+
+    def _fail_early(self, reason: str) -> None:
+        """Again and again: for those who come later, and since rank 0 clears the folder when it does."""
+        mine = _hello(self.launcher.rank)
+        began: float | None = None
+        for _ in self._pauses(_GRACE_SECONDS):
+            self.board.write(mine, {**self._me, "failed": reason})
+            began = began or self.board.time(mine)
+            if self.launcher.rank != 0 and self._of_rank_0(began):
+                return
 
     def loaded(self) -> None:
         """This rank has all that it needs of the others, and need not be watched any more."""
@@ -212,11 +236,13 @@ class Rendezvous:
 
     def _failures(self) -> list[tuple[int, str]]:
         folder = self._folder("failed")
-        others = sorted(self._ranks_in(folder) - {self.launcher.rank})
-        return [(r, str(self.board.read(f"{folder}/rank_{r}.json").get("reason", "no reason given"))) for r in others]
+        ranks = sorted(self._ranks_in(folder))
+        return [(r, str(self.board.read(f"{folder}/rank_{r}.json").get("reason", "no reason given"))) for r in ranks]
 
     def _record_failure(self, rank: int, reason: str) -> None:
-        self.board.write(f"{self._folder('failed')}/rank_{rank}.json", {"rank": rank, "reason": reason})
+        """The first word counts: a rank that ends says why before it is gone."""
+        if rank not in self._ranks_in(self._folder("failed")):
+            self.board.write(f"{self._folder('failed')}/rank_{rank}.json", {"rank": rank, "reason": reason})
 
     def _watch(self) -> None:
         """Everyone watches its host's processes, and the record of failures, until all have loaded."""
@@ -236,7 +262,8 @@ class Rendezvous:
         loaded = self.reached(LOADED)
         for key, peer in self._peers.items():
             rank = int(key)
-            if rank != self.launcher.rank and rank not in loaded and peer.get("host") == self._me["host"]:
+            here = all(peer.get(key) == self._me[key] for key in ("host", "machine"))
+            if rank != self.launcher.rank and rank not in loaded and here:
                 self._check_alive(rank, peer)
         return len(loaded) < self.launcher.world
 
@@ -249,9 +276,8 @@ class Rendezvous:
         """The main thread gets a moment to end with a message of its own; in a collective it never would."""
         if self._ended.wait(_GRACE_SECONDS):
             return
-        text = f"error: rank {rank} has failed, so rank {self.launcher.rank} ends too: {reason}\n"
         with suppress(OSError, ValueError):
-            sys.stderr.write(text)
+            sys.stderr.write(f"error: {self._why(rank, reason)}\n")
             sys.stderr.flush()
         os._exit(PartialError.exit_code)
 
@@ -262,10 +288,10 @@ class Rendezvous:
         stems = (name.removesuffix(".json") for name in self.board.names(folder))
         return {int(stem[5:]) for stem in stems if stem.startswith("rank_") and stem[5:].isdigit()}
 
-    def _pauses(self) -> Iterable[float]:
-        """Seconds left, with a pause before each but the first; the last is 0 or less."""
+    def _pauses(self, seconds: float | None = None) -> Iterable[float]:
+        """Seconds left (of the timeout), with a pause before each but the first; the last is 0 or less."""
         pause, longest = self.board.poll_seconds
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + (self.timeout if seconds is None else seconds)
         while True:
             left = end - time.monotonic()
             yield left
@@ -283,10 +309,21 @@ def _identity(launcher: Launcher) -> dict[str, Any]:
     return {
         "nonce": secrets.token_hex(16),
         "host": socket.gethostname(),
+        "machine": _machine(),
         "pid": os.getpid(),
         "started": _started(os.getpid()),
         "world": launcher.world,
     }
+
+
+def _machine() -> str:
+    """Where a process number means the same: nodes may all be named localhost, containers may share a name."""
+    boot, numbers = "", ""
+    with suppress(OSError):
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+            boot = stream.read().strip()
+        numbers = os.readlink("/proc/self/ns/pid")
+    return f"{boot} {numbers}"
 
 
 def _started(pid: int) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -26,24 +27,30 @@ _RUN = re.compile(r"\d{8}_\d{6}_[0-9a-f]{6}")
 
 
 def point(output: str, run_id: str, name: str, say: Callable[[str], None]) -> None:
-    """Let `{output}/{name}` mean this run's.  What lay there of another program is moved aside, never removed."""
+    """Let `{output}/{name}` mean this run's.  What lay there of another program is moved aside, never removed.
+
+    Several ranks may do so at once.
+    """
     output = os.path.abspath(output)
     known, target = os.path.join(output, name), os.path.join(DIRECTORY, run_id, name)
-    part = f"{known}.{run_id}.tmp"
+    part = f"{known}.{secrets.token_hex(4)}.tmp"
     try:
-        if os.path.lexists(known) and not os.path.islink(known):
-            if os.listdir(known) if os.path.isdir(known) else True:
-                aside = unused_name(os.path.join(output, f"{name}.before_{run_id}"))
-                os.rename(known, aside)
-                say(f"{known}: was not ours, moved to {aside}")
-            else:
-                os.rmdir(known)
-        with suppress(FileNotFoundError):
-            os.unlink(part)
+        with suppress(FileNotFoundError):  # another rank has done it
+            _move_aside(known, unused_name(os.path.join(output, f"{name}.before_{run_id}")), say)
         os.symlink(target, part)
         os.replace(part, known)
     except OSError as error:
         say(f"{known}: cannot point at {target} ({error.strerror}): look for this run's results there")
+
+
+def _move_aside(known: str, aside: str, say: Callable[[str], None]) -> None:
+    if os.path.islink(known) or not os.path.lexists(known):
+        return
+    if os.path.isdir(known) and not os.listdir(known):
+        os.rmdir(known)
+    else:
+        os.rename(known, aside)
+        say(f"{known}: was not ours, moved to {aside}")
 
 
 def runs(output: str) -> list[str]:
@@ -64,6 +71,8 @@ def prune(output: str, keep: int, needed: Collection[str], say: Callable[[str], 
             continue
         try:
             _remove(folder)
+        except FileNotFoundError:  # another rank has removed it
+            continue
         except OSError as error:
             say(str(storage_error(folder, error, "removing an old run")))
             continue

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from transform_ckpt.auto.settings_document import get, put
 from transform_ckpt.auto.settings_keys import TOP
 from transform_ckpt.auto.settings_unknown import near_key
-from transform_ckpt.flags import boolean
 from transform_ckpt.errors import UsageError
+from transform_ckpt.flags import boolean
 
 
 def _boolean_or_text(text: str) -> bool | str:

@@ -92,7 +92,9 @@ class AutoTransform:
     def resolve(self) -> origin.Origin:
         """What is to be loaded; looked up before any well-known name may change."""
         request = self.request
-        self.origin = origin.resolve(request.load_checkpoint, request.src_strategy, request.resume)
+        self.origin = origin.resolve(
+            request.load_checkpoint, request.src_strategy, request.resume, transform=request.transform
+        )
         self._tell(*self.origin.notes)
         return self.origin
 
@@ -253,8 +255,10 @@ class AutoTransform:
         found: dict[str, Plan] = {}
         for name in self.origin.checkpoints if self.origin else ():
             folder = os.path.join(self.result_directory, name, f"rank_{self.launcher.rank}")
-            names = [n for n in os.listdir(folder) if container_of(n)]
-            source = api.open_checkpoint(os.path.join(folder, *names))
+            (path,) = (os.path.join(folder, n) for n in os.listdir(folder) if container_of(n))
+            if not os.path.getsize(path):  # a .ckpt without tensors: this rank's stage has none of this checkpoint's
+                continue
+            source = api.open_checkpoint(path)
             found[name] = planner.build(source, lay_out(source, None, TargetOptions("ckpt")))
         return found
 

@@ -58,7 +58,6 @@ RENAME_ADAPTERS = _place("tools.utils", "replace_tk_to_mindpet", "ckpt_dict")
 IS_HUGGING_FACE = _place("utils.safetensors.utils", "is_hf_safetensors_dir", "safetensors_dir model_cls_or_instance")
 NAMING_CELL = _place("utils.load_checkpoint_utils", "_get_origin_network", "network")
 STATE_DICT = _place("parallel_core.inference.utils", "generate_state_dict", "network")
-SAVE_STRATEGY = _place("parallel_core.inference.utils", "save_strategy_file", "state_dict strategy_file_name")
 CALLED = (
     CHECK_CONFIG,
     LOAD_SLORA,
@@ -71,7 +70,6 @@ CALLED = (
     IS_HUGGING_FACE,
     NAMING_CELL,
     STATE_DICT,
-    SAVE_STRATEGY,
 )
 
 

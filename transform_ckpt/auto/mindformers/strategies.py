@@ -14,9 +14,9 @@ from strategy import mindspore_file
 from strategy.generate import Generated
 from strategy.generate_files import RANK_FILE
 from strategy.layout import Strategy
-from transform_ckpt.auto.compiler import compile_strategies, write_to
-from transform_ckpt.auto.mindformers import places
+from transform_ckpt.auto.compiler import compile_strategies
 from transform_ckpt.auto.mindformers.config import COMPILED_MODES, Call
+from transform_ckpt.auto.mindformers.standalone import strategy_of
 from transform_ckpt.auto.rendezvous import DIRECTORY
 from transform_ckpt.auto.runs import STRATEGY
 from transform_ckpt.auto.settings import JobSettings
@@ -44,7 +44,7 @@ class Sought:
         if self.job.launcher.world == 1:
             return self.job.use_strategy(None)
         if self.settings.setting("parallel.parallel_mode") in _PYTHON_MODES:
-            return self._from_python()
+            return self.job.use_strategy(strategy_of(self.call.network, self.job.launcher.world))
         reason = not_compiled(self.call)
         if not reason:
             return self._compiled()
@@ -56,12 +56,6 @@ class Sought:
 
     def _by_rule(self) -> Generated:
         return by_rule(self.settings.document, self.settings.config)
-
-    def _from_python(self) -> Strategy:
-        path = write_to(self._prepared(), self.job.launcher.rank)
-        state = places.function(places.STATE_DICT)(self.call.network)
-        places.function(places.SAVE_STRATEGY)(state, path)
-        return self._taken(path, stages=1)
 
     def _compiled(self) -> Strategy:
         import mindspore as ms
