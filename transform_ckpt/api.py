@@ -16,7 +16,7 @@ from transform_ckpt.errors import DifferenceError, InputError, PlanError, UsageE
 from transform_ckpt.execute import RunOptions, run
 from transform_ckpt.formats import container_of
 from transform_ckpt.planner import Plan
-from transform_ckpt.source import CHECKPOINT_2, detect, open_source
+from transform_ckpt.source import CHECKPOINT_2, Purpose, detect, open_source
 from transform_ckpt.target import TargetOptions, lay_out
 from transform_ckpt.tensors import SmallFile, Source
 from transform_ckpt.verify import STRATEGY_DIRECTORY, check_source
@@ -57,9 +57,13 @@ def open_checkpoint(
     strategy: StrategyLike = None,
     step: int | None = None,
     allow_missing: Sequence[str] = (),
+    purpose: Purpose | None = None,
 ) -> Source:
-    """A checkpoint's headers as a Source, with strings and small states read."""
-    return values.settle(open_source(os.fspath(src), read_strategy(strategy), step, allow_missing))
+    """A checkpoint's headers as a Source, with strings and small states read.
+
+    With a `purpose` (some ranks of a target strategy) only files that they need are opened.
+    """
+    return values.settle(open_source(os.fspath(src), read_strategy(strategy), step, allow_missing, purpose))
 
 
 @without_collection()
@@ -208,7 +212,7 @@ def load(
     world = target.world if target else 1
     if not 0 <= rank < world:
         raise InputError(f"rank {rank} of a destination strategy for {world} ranks")
-    source = open_checkpoint(src, src_strategy, step, allow_missing)
+    source = open_checkpoint(src, src_strategy, step, allow_missing, Purpose(target, [rank]))
     options = TargetOptions("ckpt", optimizer=optimizer, carry=tuple(carry))
     return load_planned(planner.build(source, lay_out(source, target, options, [rank])))
 
@@ -222,6 +226,7 @@ def load_planned(made: Plan) -> Iterator[tuple[str, np.ndarray[Any, Any] | str]]
 
 __all__ = [
     "Plan",
+    "Purpose",
     "Result",
     "RunOptions",
     "convert",

@@ -196,8 +196,8 @@ def _pattern(shape: Shape, width: int, sources: Sequence[Box], targets: Sequence
     pieces = _first_holder(sources)
     parts: list[_Part] = []
     for reads, writes in _components(pieces, targets):
-        boxes = [pieces[i][1] for i in reads]
         used = [targets[i] for i in writes]
+        boxes = [_wanted_part(pieces[i][1], used) for i in reads]
         component = _normalise(
             [(box, sources[pieces[i][0]]) for box, i in zip(boxes, reads, strict=True)],
             [(box, box) for box in used],
@@ -206,6 +206,14 @@ def _pattern(shape: Shape, width: int, sources: Sequence[Box], targets: Sequence
         fault = _prove(boxes, used) or _prove_component(component)
         parts.append(_Part(component, tuple(pieces[i][0] for i in reads), tuple(writes), fault))
     return tuple(parts)
+
+
+def _wanted_part(box: Box, targets: Sequence[Box]) -> Box:
+    """The smallest box with all that any target wants of this one: what nobody wants is not read."""
+    common = [part for target in targets if (part := box.intersect(target))]
+    start = tuple(map(min, zip(*(part.start for part in common), strict=True)))
+    stop = tuple(map(max, zip(*(part.stop() for part in common), strict=True)))
+    return Box(start, tuple(high - low for low, high in zip(start, stop, strict=True)))
 
 
 def _first_holder(sources: Sequence[Box]) -> list[tuple[int, Box]]:

@@ -35,8 +35,11 @@ class RankReader:
         strategy: Strategy,
         headers: Mapping[int, Sequence[FileHeader]],
         allow_missing: Sequence[str] = (),
+        *,
+        partial: bool = False,
     ) -> None:
-        self.path, self.strategy, self.allow_missing = path, strategy, allow_missing
+        """`partial`: the headers are of some ranks only, so that what other stages list is not looked for."""
+        self.path, self.strategy, self.allow_missing, self.partial = path, strategy, allow_missing, partial
         self.notes: list[str] = []
         self.tensors: dict[int, dict[str, Tensor]] = {
             rank: {name: t for header in found for name, t in header.tensors.items()} for rank, found in headers.items()
@@ -130,8 +133,10 @@ class RankReader:
         A .ckpt that ends at a record boundary looks whole; only what is missing tells.
         """
         kinds: dict[str, list[str]] = {}
-        for name in self.strategy.names:
-            kinds.setdefault(_kind(name), []).append(name)
+        read = {self.stage_of[rank] for rank in self.tensors}
+        for name, stages in self.strategy.names.items():
+            if not self.partial or read.intersection(stages):
+                kinds.setdefault(_kind(name), []).append(name)
         absent = {k: [n for n in names if n not in params and not self._may_miss(n)] for k, names in kinds.items()}
         problems = Problems()
         for kind, missing in absent.items():
@@ -148,7 +153,7 @@ class RankReader:
             problems.add(self._lost(lacking, "every layer is there"))
         elif lacking:
             self.notes.append(f"{len(lacking)} parameters of the source strategy have no tensor: {name_some(lacking)}")
-        if problems.messages and len(self.tensors) < self.strategy.world:
+        if problems.messages and len(self.tensors) < self.strategy.world and not self.partial:
             problems.messages.insert(
                 0,
                 f"{self.path}: ranks {rank_ranges(self.tensors)} are there, {self.strategy.origin} is for "

@@ -6,12 +6,13 @@ May import formats, strategy, states, tensors, views, errors.  Reads no tensor b
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from strategy.layout import Strategy
 from transform_ckpt.errors import InputError, PlanError, Problems, name_some, rank_ranges
 from transform_ckpt.formats import mindspore_dir, read_header
+from transform_ckpt.needed import needed_ranks
 from transform_ckpt.ranks import RankReader
 from transform_ckpt.tensors import FileHeader, Logical, Piece, Source
 from transform_ckpt.views import whole
@@ -37,12 +38,25 @@ def detect(path: str) -> str:
     raise InputError(f"{path}: no checkpoint found here: expected rank_i/ directories, .ckpt or .safetensors files")
 
 
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """What a source is opened for: some ranks of a target strategy.  Only the files that they need are read."""
+
+    strategy: Strategy | None
+    ranks: Sequence[int]
+
+
 def open_source(
-    path: str, strategy: Strategy | None = None, step: int | None = None, allow_missing: Sequence[str] = ()
+    path: str,
+    strategy: Strategy | None = None,
+    step: int | None = None,
+    allow_missing: Sequence[str] = (),
+    purpose: Purpose | None = None,
 ) -> Source:
     """Headers of every file, checked against the strategy; `strategy` None means complete weights.
 
-    `allow_missing` are patterns of names that the strategy lists and no file needs to hold.
+    `allow_missing` are patterns of names that the strategy lists and no file needs to hold.  With a `purpose` the
+    source may be of fewer ranks' files: those that hold what it needs.
     """
     path = os.path.abspath(path)
     found = detect(path)
@@ -55,13 +69,44 @@ def open_source(
             raise InputError(f"{path}: a Checkpoint 2.0 directory describes its own layout: drop the source strategy")
         return checkpoint2.read(path, step)
     files = mindspore_dir.find(path, step)
-    headers = {rank: tuple(read_header(p) for p in paths) for rank, paths in files.ranks.items()}
+    headers = _Headers(files.ranks)
+    chosen = None
+    if purpose is not None and strategy is not None:
+        chosen = needed_ranks(list(files.ranks), headers.of, strategy, purpose.strategy, purpose.ranks)
+    return _opened(path, files, headers.all(chosen), strategy, allow_missing, partial=chosen is not None)
+
+
+class _Headers:
+    """Headers of each rank's files, read once."""
+
+    def __init__(self, files: Mapping[int, Sequence[str]]) -> None:
+        self._files = files
+        self._read: dict[int, tuple[FileHeader, ...]] = {}
+
+    def of(self, rank: int) -> tuple[FileHeader, ...]:
+        if rank not in self._read:
+            self._read[rank] = tuple(read_header(path) for path in self._files[rank])
+        return self._read[rank]
+
+    def all(self, ranks: Collection[int] | None) -> dict[int, tuple[FileHeader, ...]]:
+        return {rank: self.of(rank) for rank in self._files if ranks is None or rank in ranks}
+
+
+def _opened(
+    path: str,
+    files: mindspore_dir.Files,
+    headers: Mapping[int, Sequence[FileHeader]],
+    strategy: Strategy | None,
+    allow_missing: Sequence[str],
+    *,
+    partial: bool,
+) -> Source:
     if files.weight_map is not None:
         _check_weight_map(path, files.weight_map, headers[0])
     if strategy is None:
         source = _complete(path, files, headers)
     else:
-        source = _distributed(path, files, headers, strategy, allow_missing)
+        source = _distributed(path, files, headers, strategy, allow_missing, partial=partial)
     if not source.params and not source.states:
         raise InputError(f"{path}: holds no tensor ({len(source.headers)} files without any): fetch or save it again")
     return replace(source, step=files.step, notes=(*files.notes, *source.notes))
@@ -114,6 +159,8 @@ def _distributed(
     headers: Mapping[int, Sequence[FileHeader]],
     strategy: Strategy,
     allow_missing: Sequence[str],
+    *,
+    partial: bool,
 ) -> Source:
     if files.complete and strategy.world > 1:
         raise InputError(
@@ -126,10 +173,11 @@ def _distributed(
             f"{path}: directories of ranks {rank_ranges(beyond)} are there, but the source strategy {strategy.origin} "
             f"is for {strategy.world} ranks: give the strategy that this checkpoint was saved with"
         )
-    reader = RankReader(path, strategy, headers, allow_missing)
+    reader = RankReader(path, strategy, headers, allow_missing, partial=partial)
     params = reader.params()
     states = reader.states(params.keys())
-    reader.check_absent_ranks(params)
+    if not partial:
+        reader.check_absent_ranks(params)
     return Source(
         MINDSPORE, path, tuple(h for hs in headers.values() for h in hs), params, states, notes=tuple(reader.notes)
     )

@@ -62,7 +62,7 @@ def lay_out(
     source: Source, strategy: Strategy | None, options: TargetOptions, ranks: Sequence[int] | None = None
 ) -> Target:
     """The destination for `strategy` (None = complete weights, rank 0 alone); with `ranks`, their files only."""
-    chosen = _choose(source, strategy, options)
+    chosen = _choose(source, strategy, options, ranks)
     if options.unified:
         if strategy is not None and strategy.world > 1:
             raise UsageError("--unified writes complete weights: drop the destination strategy")
@@ -147,7 +147,9 @@ class _Chosen:
     notes: tuple[str, ...]
 
 
-def _choose(source: Source, strategy: Strategy | None, options: TargetOptions) -> _Chosen:
+def _choose(
+    source: Source, strategy: Strategy | None, options: TargetOptions, ranks: Sequence[int] | None
+) -> _Chosen:
     """Sort the source's tensors into laid-out parameters and carried states; refuse a weight in only one strategy."""
     params: dict[str, Logical] = {}
     states: dict[str, Logical] = {}
@@ -183,7 +185,9 @@ def _choose(source: Source, strategy: Strategy | None, options: TargetOptions) -
     _refuse(homeless, unlisted, strategy)
     notes = [f"in no strategy, carried as it is: {name_some(carried)}"] if carried else []
     if strategy is not None:
-        lacking = [n for n in strategy.names if n not in params and not split_optimizer(n)[0]]
+        own = {s for s in range(len(strategy.stages)) if ranks is None or set(ranks) & set(strategy.ranks(s))}
+        asked = [n for n, stages in strategy.names.items() if own.intersection(stages)]
+        lacking = [n for n in asked if n not in params and not split_optimizer(n)[0]]
         if lacking:
             notes.append(f"{len(lacking)} parameters of the destination strategy have no tensor: {name_some(lacking)}")
     return _Chosen(params, states, dropped, tuple(notes))

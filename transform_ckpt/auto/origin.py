@@ -61,12 +61,10 @@ def resolve(
 
 
 def _of_one_rank(path: str) -> tuple[str, int | None]:
-    """A file in `rank_i/` means that step of the whole checkpoint, when there are other ranks beside it."""
-    folder = os.path.dirname(path)
-    if not os.path.isfile(path) or not _RANK.fullmatch(os.path.basename(folder)):
-        return path, None
+    """`rank_i/`, or a file in it, means (that step of) the whole checkpoint, when there are other ranks beside it."""
+    folder = os.path.dirname(path) if os.path.isfile(path) else path
     above = os.path.dirname(folder)
-    if len(mindspore_dir.rank_dirs(above)) == 1:
+    if not _RANK.fullmatch(os.path.basename(folder)) or len(mindspore_dir.rank_dirs(above)) == 1:
         return path, None
     step = mindspore_dir.parse_step(os.path.basename(path))
     return above, step[1] if step else None

@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection
-from contextlib import suppress
 
 from transform_ckpt.auto.rendezvous import DIRECTORY
 from transform_ckpt.destination import unused_name
@@ -29,13 +28,17 @@ _RUN = re.compile(r"\d{8}_\d{6}_[0-9a-f]{6}")
 def point(output: str, run_id: str, name: str, say: Callable[[str], None]) -> None:
     """Let `{output}/{name}` mean this run's.  What lay there of another program is moved aside, never removed.
 
-    Several ranks may do so at once.
+    Several ranks may do so at once: what is in the way is left to the first that sees it.
     """
     output = os.path.abspath(output)
     known, target = os.path.join(output, name), os.path.join(DIRECTORY, run_id, name)
     part = f"{known}.{secrets.token_hex(4)}.tmp"
     try:
-        with suppress(FileNotFoundError):  # another rank has done it
+        if os.path.lexists(known) and not os.path.islink(known):
+            try:
+                os.mkdir(os.path.join(output, DIRECTORY, run_id, f"{name}.moved"))
+            except FileExistsError:
+                return
             _move_aside(known, unused_name(os.path.join(output, f"{name}.before_{run_id}")), say)
         os.symlink(target, part)
         os.replace(part, known)
@@ -44,8 +47,6 @@ def point(output: str, run_id: str, name: str, say: Callable[[str], None]) -> No
 
 
 def _move_aside(known: str, aside: str, say: Callable[[str], None]) -> None:
-    if os.path.islink(known) or not os.path.lexists(known):
-        return
     if os.path.isdir(known) and not os.listdir(known):
         os.rmdir(known)
     else:

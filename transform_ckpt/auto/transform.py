@@ -236,7 +236,8 @@ class AutoTransform:
         own = not self.request.transform and found.sharded
         path = os.path.join(path, f"rank_{self.launcher.rank}") if own else path
         with api.without_collection():
-            source = api.open_checkpoint(path, None if own else found.strategy, found.step)
+            purpose = api.Purpose(self.strategy, ranks) if self.request.transform else None
+            source = api.open_checkpoint(path, None if own else found.strategy, found.step, purpose=purpose)
             if hf_names.is_hugging_face(source):
                 source = hf_names.renamed(source)
             check_source(source, full=False)
