@@ -16,8 +16,9 @@ help: ## this list
 venv: ## ./.venv with the whole pinned set, the project installed in it (nothing to do: 20 ms)
 	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" .ci/venv $(VENV) all
 
-demo: venv ## a checkpoint of 8 ranks becomes 4, 1, 6 and 8 again, proven equal
+demo: venv ## 8 ranks become 4, 1, 6 and 8 again; a Llama trains on 2 workers, predicts on 1, goes on on 4
 	$(PYTHON_BIN) -m transform_ckpt.demo
+	$(PYTHON_BIN) -m transform_ckpt.demo_auto
 
 test: venv ## all tests, with the reasons of skips
 	$(PYTHON_BIN) -m pytest -ra $(PYTEST_FLAGS) $(TESTS)
@@ -36,5 +37,5 @@ bench: venv ## speed and memory against cp and MindSpore, into docs/benchmarks.m
 	$(PYTHON_BIN) -m benchmarks.bench $(BENCH_FLAGS)
 
 clean: ## remove outputs and caches (not ./.venv: rm -rf .venv does that)
-	rm -rf build dist bench-output demo-output ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist bench-output demo-output output ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -type d -prune -exec rm -rf {} +

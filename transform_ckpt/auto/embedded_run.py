@@ -27,6 +27,8 @@ def run_embedded(job: Job) -> None:
 
     def load(expected: Mapping[str, Shape]) -> Held:
         held = job.load(expected)
+        if not settings.load_strict:
+            held = {**embedded.unloaded(config, rank, set(expected) - set(held)), **held}
         if settings.is_training:
             job.publish_strategy()
         return held
@@ -43,6 +45,9 @@ def run_embedded(job: Job) -> None:
         if rank == 0:
             job.say(f"mean loss {loss:.6f}")
         return
-    found = embedded.predict(config, rank, world, settings.predict_data, loader)
-    for prompt, text in zip(settings.predict_data, found.texts, strict=True) if rank == 0 else ():
-        job.say(f"{prompt!r} -> {text!r}")
+    report = job.say if rank == 0 else _unsaid
+    embedded.predict(config, rank, world, settings.predict_data, loader, report=report)
+
+
+def _unsaid(_line: str) -> None:
+    """Every rank has the same prediction; one says it."""

@@ -19,6 +19,7 @@ from transform_ckpt.cli import run
 from transform_ckpt.errors import InputError, UsageError, rank_ranges
 from transform_ckpt.flags import boolean
 
+
 def run_tool(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace], None]) -> int:
     """Parse, run, and give the exit code; errors as in every other verb."""
     parser.add_argument("--overwrite", action="store_true", help="replace the destination once the new one is complete")

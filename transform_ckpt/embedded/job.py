@@ -5,7 +5,7 @@ One rank needs no launcher; several are started by msrun, whose scheduler copy c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import mindspore
@@ -21,7 +21,7 @@ from transform_ckpt.embedded.optimizer import AdamW
 from transform_ckpt.embedded.state import Loader, Report, Saver, first_values, load_into, zeros
 from transform_ckpt.errors import InputError
 
-__all__ = ["Loader", "Prediction", "evaluate", "parameter_shapes", "predict", "run_scheduler", "train"]
+__all__ = ["Loader", "Prediction", "evaluate", "parameter_shapes", "predict", "run_scheduler", "train", "unloaded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,17 @@ def train(
     return _steps(job, optimizer, samples, _saver(config, output_dir, rank, report), report)
 
 
+def unloaded(config: EmbeddedConfig, rank: int, names: Collection[str]) -> dict[str, Array]:
+    """What some of this rank's parameters hold when nothing is loaded: weights from the seed, states of zero."""
+    draw, held = first_values(config), slices(config, rank)
+    wanted = parameter_shapes(config, rank, config.dp * config.mp, optimizer=True)
+    kinds = {STEP: np.int32}
+    return {
+        name: draw(held[name]) if name in held else np.zeros(wanted[name], kinds.get(name, np.float32))
+        for name in names
+    }
+
+
 def _saver(config: EmbeddedConfig, output_dir: str, rank: int, report: Report) -> Saver | None:
     return None if config.saving is None else Saver(config.saving, output_dir, rank, report)
 
@@ -105,7 +116,7 @@ def _steps(job: _Job, optimizer: AdamW, samples: Samples, saver: Saver | None, r
         loss, found = average(*gradients(*job.batch(samples, step)))
         optimizer(found, job.config.optimizer.schedule.rate(step, last))
         losses.append(loss)
-        report(f"step {step + 1}/{last} loss {loss:.4f}")
+        report(f"step {step + 1}/{last} loss {loss:.6f}")
         if saver is not None and ((step + 1) % saver.saving.every == 0 or step + 1 == last):
             _save(job, optimizer, saver, samples.steps_per_epoch)
     return losses
