@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from transform_ckpt.auto.settings import JobSettings, settings_from_document
-from transform_ckpt.auto.settings_document import plain
 from transform_ckpt.auto.settings_types import TRAINING
 
 WHERE = "the job's configuration"
@@ -51,7 +50,7 @@ class Call:
     @property
     def settings(self) -> JobSettings:
         """The configuration, checked.  The arguments say what the job does: run_mode may be another or missing."""
-        document = plain(self.config, WHERE)
+        document = dict(self.config)
         said = document.get("run_mode")
         training = said if said in TRAINING else "train"
         document["run_mode"] = "eval" if self.do_eval else "predict" if self.do_predict else training

@@ -122,7 +122,7 @@ def _wanted(call: Call, strategy: Strategy | None, rank: int) -> Wanted:
     return Wanted(
         {name: shape for name, shape in required.items() if name not in adapters},
         {name: shape for name, shape in optional.items() if name not in required or name in adapters},
-        _elsewhere(_cells(call), strategy, rank),
+        elsewhere(_cells(call), strategy, rank),
     )
 
 
@@ -130,7 +130,7 @@ def _shapes(cell: Any) -> dict[str, Shape]:
     return {param.name: tuple(param.data.shape) for _, param in cell.parameters_and_names()}
 
 
-def _elsewhere(cells: Iterable[Any], strategy: Strategy | None, rank: int) -> frozenset[str]:
+def elsewhere(cells: Iterable[Any], strategy: Strategy | None, rank: int) -> frozenset[str]:
     """Parameters of other stages, and what MindSpore 2.9.0 passes over (`load_param_into_net`): parameters that stages
     share, and in a compiled network those that were not laid out.
     """

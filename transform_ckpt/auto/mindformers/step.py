@@ -14,7 +14,7 @@ from transform_ckpt.auto.mindformers import places
 from transform_ckpt.auto.mindformers.config import COMPILED_MODES, Call
 from transform_ckpt.auto.mindformers.launch import find_job_launcher
 from transform_ckpt.auto.mindformers.loading import load
-from transform_ckpt.auto.mindformers.strategies import Sought, not_compiled
+from transform_ckpt.auto.mindformers.strategies import Sought
 from transform_ckpt.auto.mindformers.weights import needs_conversion
 from transform_ckpt.auto.origin import Origin
 from transform_ckpt.auto.settings import JobSettings, Kind, check_source, check_world
@@ -111,13 +111,14 @@ def _save_strategy(call: Call) -> None:
     """only_save_strategy: the strategy files of this job, and nothing else."""
     settings = call.settings
     launcher = find_job_launcher()
-    if launcher.world == 1 or not_compiled(call):
+    if launcher.world == 1:
         save_strategy(settings, launcher, _say)
         return
     check_world(settings, launcher.world)
     job = _job(call, settings, launcher)
     with job.together():
         Sought(job, call, settings).settle()
+        job.publish_strategy()
         job.rendezvous.loaded()
     _say(f"only_save_strategy: strategy files are in {job.strategy_directory}")
 
