@@ -5,7 +5,8 @@
 
 Runs alternate between the cases.  Before each run, outside the timed part, the case's destination is removed, the
 file systems are synced and the source is read into the page cache.  After the timed runs our output is compared with
-MindSpore's tensor by tensor.  Exit code 1 when they differ.
+MindSpore's tensor by tensor.  Exit code 1 when they differ, or when a rank of an automatic transform in memory
+reads more than its slices (auto.py).
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from importlib import metadata
 from math import prod
 from pathlib import Path
 
+from benchmarks import auto
+from benchmarks.common import FORMATS, QUIET, megabytes, progress, python, settle
 from benchmarks.measure import CommandFailedError, Sample, Summary, run
 
-FORMATS = ("ckpt", "safetensors")
-QUIET = {"GLOG_v": "3"}
-READ_NBYTES = 1 << 20
+PARTS = ("start", "plan", "reshard", "auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,6 @@ class Row:
 
     case: Case
     summary: Summary
-
-
-def python(*args: str | Path) -> tuple[str, ...]:
-    """A command of this interpreter."""
-    return (sys.executable, *map(str, args))
 
 
 def world(parallel: str) -> int:
@@ -116,38 +112,18 @@ def plan_cases(plan: Path, fmt: str, args: argparse.Namespace) -> list[Case]:
 # ---------------------------------------------------------------------------------------------- running
 
 
-def prepare(case: Case) -> None:
-    """Outside the timed part: no destination, nothing left to write back, the source in the page cache."""
-    if case.dst is not None:
-        shutil.rmtree(case.dst, ignore_errors=True)
-        shutil.rmtree(f"{case.dst}.partial", ignore_errors=True)
-        case.dst.parent.mkdir(parents=True, exist_ok=True)
-    os.sync()
-    if case.src is not None:
-        buffer = bytearray(READ_NBYTES)
-        for path in sorted(case.src.rglob("*.*")):
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-
-
 def measure(cases: Sequence[Case], runs: int, log: Path) -> list[Row]:
     """Alternate between the cases, `runs` times."""
     samples: dict[str, list[Sample]] = {case.name: [] for case in cases}
     for number in range(runs):
         for case in cases:
-            prepare(case)
+            settle(case.src, case.dst)
             sample = run(case.command, log=log, env=QUIET)
             if case.expect not in log.read_text(errors="replace"):
                 raise CommandFailedError(f"{case.name}: no {case.expect!r} in {log}")
             samples[case.name].append(sample)
             progress(f"{case.group} | {case.name} | run {number + 1}/{runs}: {sample.seconds:.2f} s")
     return [Row(case, Summary.of(samples[case.name])) for case in cases]
-
-
-def progress(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def make_state(out: Path, *flags: str) -> None:
@@ -184,11 +160,6 @@ def compare(rows: Sequence[Row]) -> list[str]:
 # ---------------------------------------------------------------------------------------------- report
 
 
-def memory(nbytes: int) -> str:
-    """Megabytes, as people compare them."""
-    return f"{nbytes / 1e6:,.0f}"
-
-
 def table(rows: Sequence[Row]) -> list[str]:
     """Markdown rows: the median with its range, memory, and the time against the group's `cp -r`."""
     lines = [
@@ -201,7 +172,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         copy = copies.get(row.case.group)
         ratio = f"{s.seconds / copy:.2f}" if copy else ""
         seconds = f"{s.seconds:.2f} ({s.fastest:.2f} - {s.slowest:.2f})"
-        lines.append(f"| {row.case.name} | {seconds} | {ratio} | {memory(s.max_rss)} | {memory(s.sum_rss)} |")
+        lines.append(f"| {row.case.name} | {seconds} | {ratio} | {megabytes(s.max_rss)} | {megabytes(s.sum_rss)} |")
     return lines
 
 
@@ -251,8 +222,14 @@ def tree_nbytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def report(rows: Sequence[Row], checks: Sequence[str], args: argparse.Namespace, sizes: Mapping[str, int]) -> str:
-    """The whole Markdown page."""
+def report(
+    rows: Sequence[Row],
+    checks: Sequence[str],
+    args: argparse.Namespace,
+    sizes: Mapping[str, int],
+    more: Sequence[str] = (),
+) -> str:
+    """The whole Markdown page; `more` are further sections."""
     lines = [
         "# Benchmarks",
         "",
@@ -272,6 +249,7 @@ def report(rows: Sequence[Row], checks: Sequence[str], args: argparse.Namespace,
         lines += ["", f"## {group}{size}", "", *table([row for row in rows if row.case.group == group])]
     if checks:
         lines += ["", "## The same values", "", *(f"- {line}" for line in checks)]
+    lines += ["", *more] if more else []
     return "\n".join(lines) + "\n"
 
 
@@ -284,6 +262,8 @@ def shown_arguments(args: argparse.Namespace) -> list[str]:
         f"--src {args.src}",
         f"--dst {args.dst}",
     ]
+    shown += [f"--only {part}" for part in args.only or []]
+    shown += [f"--auto-dst {parallel}" for parallel in args.auto_dst]
     shown += [f"--large-gb {args.large_gb:g}"] if args.large_gb else []
     return shown + [f"--workers {count}" for count in args.workers or []]
 
@@ -308,7 +288,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--workers", action="append", type=int, metavar="N", help="repeat; default: the product's, and 1"
     )
     parser.add_argument("--no-upstream", action="store_true", help="leave MindSpore out (and the comparison with it)")
-    parser.add_argument("--only", choices=["start", "plan", "reshard"], action="append", help="repeat; default all")
+    parser.add_argument("--only", choices=PARTS, action="append", help="repeat; default all")
+    parser.add_argument("--auto-dst", action="append", metavar="mp=2", help="layouts that a job starts with; repeat")
     parser.add_argument("--large-gb", type=float, default=0, help="also one run of this size, for its peak memory")
     parser.add_argument("--plan-model", default="llama70b")
     parser.add_argument("--plan-src", default="dp=2,mp=8,pp=4,opt=1", help="64 ranks")
@@ -319,6 +300,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.runs, args.gb = 1, 0.006
+    args.auto_dst = args.auto_dst or list(auto.TARGETS[:1] if args.quick else auto.TARGETS)
+    args.auto_join = (4,) if args.quick else auto.JOIN_SIZES
     return args
 
 
@@ -338,11 +321,17 @@ def bench_plan(args: argparse.Namespace, log: Path) -> list[Row]:
     return [row for fmt in formats for row in measure(plan_cases(plan, fmt, args), args.runs, log)]
 
 
+def reshard_state(args: argparse.Namespace) -> Path:
+    """The state that is resharded, and that jobs start from."""
+    flags = ("--gb", str(args.gb), "--layers", str(args.layers), "--src", args.src, "--dst", args.dst)
+    state: Path = args.dir / "state"
+    make_state(state, *flags, "--seed", str(args.seed))
+    return state
+
+
 def bench_reshard(args: argparse.Namespace, log: Path) -> tuple[list[Row], list[str], dict[str, int]]:
     """Resharding, one format after the other; then the comparison."""
-    state, rows, sizes = args.dir / "state", [], {}
-    flags = ("--gb", str(args.gb), "--layers", str(args.layers), "--src", args.src, "--dst", args.dst)
-    make_state(state, *flags, "--seed", str(args.seed))
+    state, rows, sizes = reshard_state(args), [], {}
     for fmt in args.format or FORMATS:
         cases = reshard_cases(state, fmt, args)
         sizes[cases[0].group] = tree_nbytes(state / f"src_{fmt}")
@@ -370,7 +359,7 @@ def bench_large(args: argparse.Namespace, log: Path) -> tuple[list[Row], dict[st
 def bench(args: argparse.Namespace) -> tuple[str, bool]:
     """Everything asked for; the report, and whether all comparisons were equal."""
     args.dir.mkdir(parents=True, exist_ok=True)
-    log, parts = args.dir / "last.log", args.only or ["start", "plan", "reshard"]
+    log, parts = args.dir / "last.log", args.only or PARTS
     rows: list[Row] = []
     checks: list[str] = []
     sizes: dict[str, int] = {}
@@ -383,7 +372,8 @@ def bench(args: argparse.Namespace) -> tuple[str, bool]:
     for part, measured in simple.items():
         if part in parts:
             rows += measured(args, log)
-    return report(rows, checks, args, sizes), not any("DIFFERENT" in line for line in checks)
+    sections, good = auto.bench(reshard_state(args), args, log) if "auto" in parts else ([], True)
+    return report(rows, checks, args, sizes, sections), good and not any("DIFFERENT" in line for line in checks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

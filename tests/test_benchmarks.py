@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +13,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from benchmarks import make_state
+from benchmarks import auto, auto_count, auto_layout, make_state
+from benchmarks.auto_job import Job, run_job
 from benchmarks.bench import Case, Row, table, world
 from benchmarks.make_state import LLAMA_70B, Model, Parallel, Param, model_of
 from benchmarks.measure import CommandFailedError, Sample, Summary, run
@@ -164,3 +167,127 @@ def test_differences_are_named() -> None:
     b = {"same": np.zeros(2), "value": np.array([0.0, -0.0]), "shape": np.zeros((1, 2)), "theirs": np.zeros(1)}
     found = differences(a, b)
     assert [line.partition(":")[0] for line in found] == ["only on one side", "only on one side", "shape", "value"]
+
+
+# ------------------------------------------------------------------------------------------------ automatic transform
+
+
+def bench_auto(root: Path, out: Path, *flags: str) -> tuple[int, str]:
+    """Exit code and report of a quick run."""
+    command = [sys.executable, "-m", "benchmarks.bench", "--quick", "--only", "auto", "--dir", str(out), *flags]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=500)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout
+
+
+def ratios(report: str) -> list[float]:
+    """The accounting's `read / own` of each rank and format."""
+    return [float(found) for found in re.findall(r"^\| \d+ \| [\d,]+ \| [\d,]+ \| ([\d.]+) \|", report, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("target", ["dp=2,opt=1", "mp=2"])
+def test_no_rank_in_memory_reads_more_than_its_slices(
+    tmp_path: Path, repo_root: Path, ms: ModuleType, target: str
+) -> None:
+    assert ms is not None  # the state is made with it
+    page = tmp_path / "page.md"
+    code, report = bench_auto(repo_root, tmp_path / "b", "--no-upstream", "--auto-dst", target, "--write", str(page))
+    assert (code, page.read_text()) == (0, report)
+    assert ratios(report) == [pytest.approx(1, abs=1e-3)] * 4
+    assert report.count("by digest: equal") == 4
+    assert re.search(r"^- 4 processes on this machine, .*: [\d.]+ s", report, re.MULTILINE)
+    assert not (tmp_path / "b" / "state" / "out_auto").exists()
+
+
+@pytest.mark.slow
+def test_jobs_of_mindspore_hold_the_same(tmp_path: Path, repo_root: Path, ms: ModuleType) -> None:
+    assert ms is not None
+    code, report = bench_auto(repo_root, tmp_path / "b", "--auto-dst", "dp=2,opt=1")
+    assert code == 0, report
+    assert all(
+        report.count(f"| {name} |") == (2 if way in ("memory", "disk") else 1) for way, name in auto.WAYS.items()
+    )
+    assert report.count("by digest: equal") == 7
+
+
+def test_own_slices_are_what_the_files_hold(state: Path) -> None:
+    sizes = [sum(tensors) for tensors in auto_layout.rank_sizes(SMALL, SRC)]
+    headers = auto_layout.header_nbytes(state / "src_safetensors")
+    files = rank_files(state / "src_safetensors")
+    assert sizes == [files[rank].stat().st_size - headers[files[rank].name] for rank in range(SRC.world)]
+    assert auto_layout.looking_nbytes(SMALL, SRC, state)["safetensors"]["headers"] == sum(headers.values())
+
+
+COUNTED = {"phases": {"plan": 90, "load": 100}, "rchar": 195, "mapped": []}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"phases": {"plan": 90, "load": 101}, "rchar": 196}, "101 bytes of tensors, at most 100"),
+        ({"phases": {"plan": 93, "load": 100}, "rchar": 198}, "93 bytes while planning, at most 92"),
+        ({"rchar": 196}, "6 bytes of no source file, at most 5"),
+        ({"mapped": ["/x"]}, "/x is mapped"),
+    ],
+)
+def test_reading_too_much_is_said(change: dict[str, object], said: str | None) -> None:
+    found = auto.overdrawn({**COUNTED, **change}, 100, {"headers": 80, "samples": 12}, 5)
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+def test_reading_too_much_fails_the_benchmark() -> None:
+    looking = {"ckpt": {"headers": 90}}
+    target = auto.Target("mp=1", Path("s"), [100], looking, 0)
+    more = {**COUNTED, "phases": {"plan": 90, "load": 120}}
+    assert not any("READS TOO MUCH" in line for line in auto.accounting([COUNTED], target, "ckpt"))
+    assert "1.2000" in auto.accounting([more], target, "ckpt")[2]
+    assert "rank 0 READS TOO MUCH" in auto.accounting([more], target, "ckpt")[-1]
+
+
+def test_other_values_and_other_names_are_named() -> None:
+    first, second = (
+        Job(1, 1, 1, 1, 1, (digests, {}), (None, None))
+        for digests in ({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"})
+    )
+    assert auto.unlike([first, second], first) == ["rank 0: b", "rank 0: c"]
+    lines = auto.same_values({"memory": [second], "mindspore_one": [first]})
+    assert "DIFFERENT in 2, first rank 0: b" in lines[0]
+    assert lines[1].endswith("equal")
+
+
+def test_reads_are_counted_where_they_happen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pread", os.pread)
+    monkeypatch.setattr(os, "preadv", os.preadv)
+    inside, outside = tmp_path / "src" / "f", tmp_path / "src2"
+    inside.parent.mkdir()
+    for path in (inside, outside):
+        path.write_bytes(b"x" * 50_000)
+    counter = auto_count.Counter(str(inside.parent))
+    with inside.open("rb", buffering=0) as mine, outside.open("rb", buffering=0) as other:
+        counter.phase = "plan"
+        os.pread(mine.fileno(), 1000, 49_500)  # 500 are left
+        os.pread(other.fileno(), 700, 0)
+        counter.phase = "load"
+        os.preadv(mine.fileno(), [bytearray(20), bytearray(30)], 0)
+        mine.read(40_000)
+        with mmap.mmap(mine.fileno(), 0, prot=mmap.PROT_READ):
+            found = counter.report()
+    assert found["phases"] == {"plan": 500, "load": 50}
+    assert 41_250 <= found["rchar"] < 60_000  # the other file, and what passed by, too
+    assert found["mapped"] == [str(inside)]
+    assert counter.report()["mapped"] == []
+
+
+def test_a_job_ends_with_its_first_failure(tmp_path: Path, state: Path) -> None:
+    target = auto.Target("", state / "dst_strategy_merged.ckpt", [0] * 3, {}, 0)  # 3 ranks, for a strategy of 4
+    spec = auto.spec_of(state, "ckpt", target, "memory")
+    with pytest.raises(CommandFailedError, match=r"exit code 1 of rank \d[\s\S]*strategy is for 4 ranks, but 3 are"):
+        run_job(spec, tmp_path / "log")
+
+
+def test_ranks_join(repo_root: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.auto_join", "3"]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=True, timeout=60)
+    assert 0 < float(done.stdout) < 30
