@@ -6,6 +6,7 @@ strategy.wire.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from strategy import wire
@@ -86,10 +87,18 @@ def _read_layout(stored: dict[str, Any]) -> _Stored:
     if len(dev_matrix) != 1 or not tensor_map:
         found = f"{len(dev_matrix)} dev_matrix and {len(tensor_map)} tensor_map"
         raise wire.WireError(f"has {found}; expected one dev_matrix and a tensor_map")
-    if stored["field"] or any(one["dim"] for one in (*stored["param_split_shape"], *stored["indices_offset"])):
+    mesh, axes = tuple(dev_matrix[0]["dim"]), _read_tensor_map([tuple(one["dim"]) for one in tensor_map])
+    sizes = [tuple(one["dim"]) for one in stored["param_split_shape"] if one["dim"]]
+    uneven = stored["field"] or any(one["dim"] for one in stored["indices_offset"])
+    if uneven or not all(_is_shape(size, mesh, axes) for size in sizes):
         raise wire.WireError("is split unevenly (field, param_split_shape or indices_offset), which is not supported")
-    opt = (stored["opt_weight_shard_step"], stored["opt_weight_shard_size"])
-    return tuple(dev_matrix[0]["dim"]), _read_tensor_map([tuple(one["dim"]) for one in tensor_map]), opt
+    return mesh, axes, (stored["opt_weight_shard_step"], stored["opt_weight_shard_size"])
+
+
+def _is_shape(sizes: Shape, mesh: Shape, axes: tuple[Shape, ...]) -> bool:
+    """MindFormers 1.9.0 parallel_core/inference/utils.py `save_strategy_file` writes the tensor's shape there."""
+    parts = [prod(mesh[-1 - axis] for axis in dim if 0 <= axis < len(mesh)) for dim in axes]
+    return len(sizes) == len(parts) and all(part and size % part == 0 for size, part in zip(sizes, parts, strict=True))
 
 
 def _read_tensor_map(lists: list[Shape]) -> tuple[Shape, ...]:

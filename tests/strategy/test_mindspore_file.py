@@ -279,3 +279,16 @@ def test_import_is_light_and_ten_thousand_entries_are_quick(tmp_path: Path) -> N
     )
     assert run.returncode == 0, run.stderr
     assert all(float(seconds) < 1 for seconds in run.stdout.split()), run.stdout
+
+
+def test_files_of_mindformers_that_name_the_shape(tmp_path: Path) -> None:
+    """save_strategy_file (MindFormers 1.9.0, STAND_ALONE) puts the shape into param_split_shape: no uneven split."""
+    from tests.strategy.test_bad_files import proto
+
+    path = tmp_path / "ckpt_strategy_rank_0.ckpt"
+    path.write_bytes(proto(dev_matrix=[2, 2], tensor_map=[1, 0], param_split_shape=[8, 6]))
+    (stage,) = read_strategy(str(path)).stages
+    assert stage.layouts["w.x"] == Layout((2, 2), ((1,), (0,)))
+    path.write_bytes(proto(dev_matrix=[2, 2], tensor_map=[1, 0], param_split_shape=[8, 5]))
+    with pytest.raises(InputError, match="split unevenly"):
+        read_strategy(str(path))

@@ -34,6 +34,9 @@ def main(argv: Sequence[str], work_path: str, say: Say = print) -> None:
     """Run the job of a command line; errors of transform_ckpt.errors go to the caller."""
     settings = read_settings(argv, work_path=work_path)
     launcher = find_launcher(settings.rank_id, settings.world_size)
+    if launcher.scheduler and settings.only_save_strategy and not handover.possible():
+        say(f"{launcher}: converts nothing")  # and nobody will call for it
+        return
     if launcher.scheduler:
         say(f"{launcher}: converts nothing, waits for the workers")
         from transform_ckpt.embedded.job import run_scheduler

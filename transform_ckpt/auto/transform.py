@@ -153,6 +153,8 @@ class AutoTransform:
         for name, plan in self.plans.items():
             if make_part(plan, self.output, self.rendezvous.run_id, name, options, self.say):
                 self.read_nbytes += plan.read_nbytes
+            if self.bucket:
+                self.bucket.give_ranks(self.rendezvous.run_id, self.result_directory, name, self._ranks())
         if self.rendezvous.reach(TRANSFORMED):
             self._all_transformed()
 
