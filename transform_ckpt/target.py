@@ -147,9 +147,7 @@ class _Chosen:
     notes: tuple[str, ...]
 
 
-def _choose(
-    source: Source, strategy: Strategy | None, options: TargetOptions, ranks: Sequence[int] | None
-) -> _Chosen:
+def _choose(source: Source, strategy: Strategy | None, options: TargetOptions, ranks: Sequence[int] | None) -> _Chosen:
     """Sort the source's tensors into laid-out parameters and carried states; refuse a weight in only one strategy."""
     params: dict[str, Logical] = {}
     states: dict[str, Logical] = {}
