@@ -110,7 +110,10 @@ def same_values(found: Mapping[str, Sequence[Job]]) -> list[str]:
     against = next((way for way in found if way.startswith("mindspore")), next(iter(found)))
     reference = found[against][0]
     lines = []
-    for way, jobs in found.items():
+    for way, all_jobs in found.items():
+        jobs = [one for one in all_jobs if one is not reference]
+        if not jobs:
+            continue
         different = unlike(jobs, reference)
         progress("\n".join(different[:20]))
         count = sum(map(len, reference.digests))

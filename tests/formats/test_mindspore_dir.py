@@ -104,6 +104,16 @@ def test_the_highest_step_that_every_rank_has(tmp_path: Path) -> None:
         find(root, 10)
 
 
+def test_later_steps_of_some_ranks_are_said(tmp_path: Path) -> None:
+    """A job of fewer ranks that saved into the same directory leaves the others' files behind."""
+    names = ["llama-1_4.ckpt", "llama-1_8.ckpt"]
+    found = find(make(tmp_path, {0: names, 1: names[:1], 2: names[:1]}))
+    (note,) = found.notes
+    assert note.startswith("ranks 0 have epoch 1 step 8, the others do not: epoch 1 step 4 is taken")
+    assert find(str(tmp_path), 4).notes == ()  # asked for
+    assert find(make(tmp_path / "even", {0: names, 1: names})).notes == ()
+
+
 def test_ranks_without_a_common_step(tmp_path: Path) -> None:
     root = make(tmp_path, {0: ["r0-1_10.ckpt"], 1: ["r1-1_9.ckpt"]})
     with pytest.raises(InputError) as caught:

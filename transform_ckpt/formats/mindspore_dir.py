@@ -101,6 +101,8 @@ def _find_ranks(path: str, dirs: Mapping[int, str], step: int | None) -> Files:
     if not names:
         raise InputError(f"{path}: no .ckpt or .safetensors file in any rank directory")
     chosen, number = _choose(path, names, step)
+    if step is None:
+        notes += _passed_over(names, chosen)
     ranks = {rank: (os.path.join(dirs[rank], name),) for rank, name in chosen.items()}
     return Files(ranks, False, number, notes=tuple(notes))
 
@@ -126,6 +128,19 @@ def _choose(path: str, names: Mapping[int, list[str]], step: int | None) -> tupl
     if doubled:
         raise PlanError(_cannot_tell(path, {r: steps[r][best] for r in doubled}, step))
     return {rank: by_step[best][0] for rank, by_step in steps.items()}, best[1]
+
+
+def _passed_over(names: Mapping[int, list[str]], chosen: Mapping[int, str]) -> list[str]:
+    """What a user would miss: some ranks have a later step than the one that all have."""
+    taken = {parse_step(name) for name in chosen.values()}
+    steps = {rank: max(filter(None, map(parse_step, found)), default=None) for rank, found in names.items()}
+    best = max(filter(None, taken), default=None)
+    later = {rank: found for rank, found in steps.items() if best and found and found > best}
+    if not later or best is None:
+        return []
+    epoch, step = max(later.values())
+    there = f"ranks {rank_ranges(later)} have epoch {epoch} step {step}, the others do not"
+    return [f"{there}: epoch {best[0]} step {best[1]} is taken, which all have"]
 
 
 def _by_step(names: list[str]) -> dict[Step | None, list[str]]:
