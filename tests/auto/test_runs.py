@@ -172,3 +172,26 @@ def test_several_ranks_prune_at_once(tmp_path: Path) -> None:
         thread.join()
     assert said == []
     assert os.listdir(tmp_path / "auto_trans") == many[-1:]
+
+
+def test_the_strategy_of_saved_checkpoints_stays(tmp_path: Path) -> None:
+    """A training's checkpoints outlive its transformed ones; without its strategy nobody could read them."""
+    for run in (OLD, MIDDLE, NEW):
+        for name in (runs.STRATEGY, runs.TRANSFORMED):
+            (tmp_path / "auto_trans" / run / name).mkdir(parents=True)
+            (tmp_path / "auto_trans" / run / name / "file").touch()
+    runs.mark_saving(str(tmp_path), OLD)
+    assert runs.prune(str(tmp_path), 1, [], silent) == [OLD, MIDDLE]
+    assert (tmp_path / "auto_trans" / OLD / runs.STRATEGY / "file").exists()
+    assert not (tmp_path / "auto_trans" / OLD / runs.TRANSFORMED).exists()
+    assert not (tmp_path / "auto_trans" / MIDDLE).exists()
+    assert runs.prune(str(tmp_path), 1, [], silent) == []
+
+
+def test_what_a_well_known_name_means_stays(tmp_path: Path) -> None:
+    """Jobs of one rank write no strategy: the name still means that of the last job that did."""
+    for run in (OLD, MIDDLE, NEW):
+        (tmp_path / "auto_trans" / run / runs.STRATEGY).mkdir(parents=True)
+    runs.point(str(tmp_path), OLD, runs.STRATEGY, silent)
+    assert runs.prune(str(tmp_path), 1, [], silent) == [MIDDLE]
+    assert (tmp_path / runs.STRATEGY).is_dir()

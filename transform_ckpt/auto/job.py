@@ -71,6 +71,7 @@ def request_of(settings: JobSettings, *, optimizer: bool) -> Request:
         container=settings.load_ckpt_format,
         keep=settings.keep,
         timeout=settings.transform_timeout,
+        saves=settings.is_training or settings.only_save_strategy,
         remote_url=settings.remote_save_url if in_modelarts(os.environ) else None,
     )
 
@@ -93,6 +94,7 @@ def save_strategy(settings: JobSettings, launcher: Launcher, say: Say) -> None:
         for rank in range(generated.strategy.world):
             write_own(generated.strategy, directory, rank)
         write_merged(generated.strategy, directory)
+        runs.mark_saving(job.output, job.rendezvous.run_id)
         runs.point(settings.output_dir, job.rendezvous.run_id, runs.STRATEGY, say)
     say(f"only_save_strategy: strategy files are in {os.path.join(settings.output_dir, runs.STRATEGY)} ({directory})")
 

@@ -20,6 +20,7 @@ class Request:
     `resume`: the file name that resume_training may give to choose a step.
     `optimizer`: False leaves optimizer states out.  `container`: "ckpt", "safetensors" or None = the source's.
     `remote_url`: the bucket through which nodes without a shared disk (ModelArts) give each other what they write.
+    `saves`: the job saves checkpoints, so its strategy stays when its other results are removed.
     `timeout` is of every wait, in seconds.  `keep`: how many runs' results stay.
     """
 
@@ -37,6 +38,7 @@ class Request:
     workers: int = 0
     memory_nbytes: int = 1 << 30
     remote_url: str | None = None
+    saves: bool = False
 
     def __post_init__(self) -> None:
         if self.in_memory and self.processes is not None:

@@ -22,6 +22,7 @@ from transform_ckpt.formats.files import storage_error
 
 STRATEGY = "strategy"
 TRANSFORMED = "transformed_checkpoint"
+SAVES = "saves_checkpoints"
 _RUN = re.compile(r"\d{8}_\d{6}_[0-9a-f]{6}")
 
 
@@ -64,14 +65,20 @@ def runs(output: str) -> list[str]:
 
 
 def prune(output: str, keep: int, needed: Collection[str], say: Callable[[str], None]) -> list[str]:
-    """Remove all but the `keep` newest runs; those that hold one of the `needed` paths stay.  The ids removed."""
+    """Remove all but the `keep` newest runs; those that hold one of the `needed` paths stay.  The ids removed.
+
+    Of a run that saves checkpoints (`mark_saving`) the strategy stays: without it nobody can read them.  So does a run
+    that a well-known name points at.
+    """
     removed = []
+    needed = [*needed, *(os.path.join(output, name) for name in (STRATEGY, TRANSFORMED))]
     for run_id in runs(output)[:-keep]:
         folder = os.path.realpath(os.path.join(output, DIRECTORY, run_id))
         if any(_lies_in(path, folder) for path in needed):
             continue
         try:
-            _remove(folder)
+            if not _remove(folder):
+                continue
         except FileNotFoundError:  # another rank has removed it
             continue
         except OSError as error:
@@ -86,8 +93,22 @@ def _lies_in(path: str, folder: str) -> bool:
     return found == folder or found.startswith(folder + os.sep)
 
 
-def _remove(folder: str) -> None:
-    """In one step for anybody who looks: renamed first."""
-    gone = f"{folder}.removed"
-    os.rename(folder, gone)
-    shutil.rmtree(gone)
+def mark_saving(output: str, run_id: str) -> None:
+    """Say that the job of a run saves checkpoints that only its strategy describes."""
+    with open(os.path.join(output, DIRECTORY, run_id, SAVES), "w", encoding="utf-8"):
+        pass
+
+
+def _remove(folder: str) -> bool:
+    """In one step for anybody who looks: renamed first.  False when there was nothing left to remove."""
+    if not os.path.exists(os.path.join(folder, SAVES)):
+        gone = f"{folder}.removed"
+        os.rename(folder, gone)
+        shutil.rmtree(gone)
+        return True
+    rest = [name for name in os.listdir(folder) if name not in (STRATEGY, SAVES) and not name.endswith(".removed")]
+    for name in rest:
+        gone = os.path.join(folder, f"{name}.removed")
+        os.rename(os.path.join(folder, name), gone)
+        shutil.rmtree(gone)
+    return bool(rest)

@@ -200,6 +200,8 @@ class AutoTransform:
         """Whoever finds everyone done lets the well-known name mean this run's: all have looked up their source."""
         if self.rendezvous.reach("strategy_known"):
             write_merged(strategy, self.strategy_directory)
+            if self.request.saves:
+                runs.mark_saving(self.output, self.rendezvous.run_id)
             runs.point(self.output, self.rendezvous.run_id, runs.STRATEGY, self.say)
 
     def _all_transformed(self) -> None:
