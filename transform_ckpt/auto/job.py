@@ -142,6 +142,8 @@ class Job:
         """What a later job needs to read the checkpoints of this one."""
         self.transform.strategy = self.strategy
         self.transform.publish_strategy()
+        if self.transform.rendezvous.run_id:
+            self.transform.rendezvous.loaded()  # from here on ranks may end when they like
 
 
 def _say_notes(generated: Generated, launcher: Launcher, say: Say) -> None:

@@ -132,3 +132,4 @@ def _separate_strategies(call: Call) -> None:
         job = _job(call, call.settings, launcher)
         with job.together():
             write_to(job.strategy_directory, launcher.rank)
+            job.rendezvous.loaded()
