@@ -19,27 +19,28 @@ RANK_FILE = "ckpt_strategy_rank_{rank}.ckpt"
 MERGED_FILE = MERGED_STEM + ".ckpt"
 
 
-def write_rank_files(strategy: Strategy, directory: str) -> list[str]:
-    """Write every rank's file and the merged one; the paths, in rank order.
+def write_rank_files(strategy: Strategy, directory: str, *, merged: bool = True) -> list[str]:
+    """Write every rank's file and (`merged`) the merged one; the paths, in rank order.
 
     Files of the same names are replaced; UsageError where others are, which readers would take for ranks of this one.
     """
     directory = os.fspath(directory)
-    contents = rank_file_contents(strategy, directory)
+    contents = rank_file_contents(strategy, directory, merged=merged)
     _check_no_others(directory, set(contents))
     for name, data in contents.items():
         write_atomically(os.path.join(directory, name), data)
     return [os.path.join(directory, name) for name in contents]
 
 
-def rank_file_contents(strategy: Strategy, origin: str = "") -> dict[str, bytes]:
-    """File name -> bytes: every rank's file in rank order, then the merged one.  `origin` is for messages."""
+def rank_file_contents(strategy: Strategy, origin: str = "", *, merged: bool = True) -> dict[str, bytes]:
+    """File name -> bytes: every rank's file in rank order, then (`merged`) the merged one.  `origin`: for messages."""
     found: dict[str, bytes] = {}
     parts = {number: stage_document(strategy, number, origin) for number in range(len(strategy.stages))}
     for number, part in parts.items():
         data = encode(part, "protobuf")
         found |= {RANK_FILE.format(rank=rank): data for rank in strategy.ranks(number)}
-    found[MERGED_FILE] = encode(merged_document(parts), "protobuf")
+    if merged:
+        found[MERGED_FILE] = encode(merged_document(parts), "protobuf")
     return found
 
 

@@ -159,6 +159,13 @@ class Strategy:
                 found.setdefault(name, []).append(number)
         return {name: tuple(stages) for name, stages in found.items()}
 
+    def stage_of(self, rank: int) -> int:
+        """The stage that owns a global rank; LayoutError when there is no such rank."""
+        for stage in range(len(self.stages)):
+            if rank in self.ranks(stage):
+                return stage
+        raise LayoutError(f"rank {rank} of a strategy for {self.world} ranks")
+
     def ranks(self, stage: int) -> range:
         """Global ranks of a stage."""
         first = sum(s.devices for s in self.stages[:stage])

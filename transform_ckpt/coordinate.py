@@ -7,7 +7,6 @@ whoever finds the records of all ranks writes the one manifest, which is the sam
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from transform_ckpt.destination import check_destination, check_not_inside
 from transform_ckpt.digests import part_ranges, range_digest
 from transform_ckpt.errors import InputError, StorageError, UsageError
 from transform_ckpt.execute import RunOptions, run
-from transform_ckpt.formats.files import storage_error
+from transform_ckpt.formats.files import read_json, storage_error, write_json
 from transform_ckpt.journal import DIRECTORY
 from transform_ckpt.planner import Plan
 from transform_ckpt.store import FileTable
@@ -154,7 +153,7 @@ def _move_in(plan: Plan, part: str, dst: str, ranks: Sequence[int], found: Mappi
             shutil.rmtree(target)
         os.rename(os.path.join(part, _folder(plan, rank)), target)
         relpath = plan.target.files[rank].relpath
-        _write(_record(dst, rank), {"plan": fingerprint, "file": found["files"][relpath]})
+        write_json(_record(dst, rank), {"plan": fingerprint, "file": found["files"][relpath]})
     complete = _complete(plan, dst, fingerprint, found)
     shutil.rmtree(part)
     return complete
@@ -169,7 +168,7 @@ def _take_apart(plan: Plan, dst: str, fingerprint: str) -> None:
         old = {}
     current = old.get("plan") == fingerprint
     for rank, file in enumerate(plan.target.files if current else ()):
-        _write(_record(dst, rank), {"plan": fingerprint, "file": old["files"][file.relpath]})
+        write_json(_record(dst, rank), {"plan": fingerprint, "file": old["files"][file.relpath]})
     same = any(_read(_record(dst, rank), fingerprint) is not None for rank in range(len(plan.target.files)))
     if os.path.lexists(path):
         os.unlink(path)
@@ -189,18 +188,8 @@ def _record(dst: str, rank: int) -> str:
 
 def _read(path: str, fingerprint: str) -> Any:
     """What a record of this plan says; None when there is none."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            found = json.load(stream)
-    except (OSError, ValueError):
-        return None
-    return found.get("file") if isinstance(found, dict) and found.get("plan") == fingerprint else None
-
-
-def _write(path: str, content: Mapping[str, Any], indent: int | None = None) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=indent) + "\n")
-    os.replace(path + ".tmp", path)
+    found = read_json(path)
+    return found.get("file") if found.get("plan") == fingerprint else None
 
 
 def _complete(plan: Plan, dst: str, fingerprint: str, found: Mapping[str, Any]) -> bool:
@@ -211,7 +200,7 @@ def _complete(plan: Plan, dst: str, fingerprint: str, found: Mapping[str, Any]) 
         if entry is None or not os.path.isfile(os.path.join(dst, file.relpath)):
             return False
         files[file.relpath] = entry
-    _write(os.path.join(dst, manifest.NAME), {**found, "plan": fingerprint, "files": files}, indent=1)
+    write_json(os.path.join(dst, manifest.NAME), {**found, "plan": fingerprint, "files": files}, indent=1)
     for rank in range(len(plan.target.files)):
         os.unlink(_record(dst, rank))
     os.unlink(dst + ".lock")

@@ -29,6 +29,8 @@ Environ = Mapping[str, str]
 _Local = tuple[tuple[str, ...], tuple[str, ...]]
 """Variables of the place on the node and of the node's processes: the first that is set counts."""
 SCHEDULER = "MS_SCHED"
+MODELARTS = ("MA_LOG_DIR", "MA_JOB_DIR", "MA_LOCAL_LOG_PATH", "BATCH_GROUP_NAME")
+"""Any of them is there in a ModelArts job (check_in_modelarts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ _HYDRA: _Local = (("MPI_LOCALRANKID",), ("MPI_LOCALNRANKS",))
 _SLURM: _Local = (("SLURM_LOCALID",), ("SLURM_NTASKS_PER_NODE",))
 _OMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
 _HAS_TORCH, _HAS_ID = _any("RANK", "WORLD_SIZE"), _any("RANK_ID", "RANK_SIZE")
-_MODELARTS = _any("MA_LOG_DIR", "MA_JOB_DIR", "MA_LOCAL_LOG_PATH", "BATCH_GROUP_NAME")
+_MODELARTS = _any(*MODELARTS)
 _NODE_RANK = (
     "on several nodes give msrun --node_rank (without it ranks are known only once the job is connected), "
     "or give rank and world as flags"
@@ -102,6 +104,11 @@ _TABLE = (
     _Row("Slurm", "SLURM_PROCID", "SLURM_NTASKS", _all(_any("SLURM_PROCID"), _slurm_step), _SLURM),
     _Row("RANK_ID and RANK_SIZE", "RANK_ID", "RANK_SIZE", _HAS_ID, _ASCEND),
 )
+
+
+def in_modelarts(environ: Environ = os.environ) -> bool:
+    """Is this a ModelArts job?  As check_in_modelarts: a variable that is set to nothing counts, too."""
+    return any(name in environ for name in MODELARTS)
 
 
 def find_launcher(rank: int | None = None, world: int | None = None, environ: Environ = os.environ) -> Launcher:

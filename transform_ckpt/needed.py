@@ -6,7 +6,7 @@ removed redundancy, absent ranks) gives None: then all files are read, and the u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from strategy.layout import Layout, LayoutError, Strategy
 from transform_ckpt.ranks import layout_of
@@ -14,7 +14,6 @@ from transform_ckpt.states import split_optimizer
 from transform_ckpt.tensors import FileHeader
 from transform_ckpt.views import Box, Shape
 
-Headers = Mapping[int, Sequence[FileHeader]]
 Read = Callable[[int], Sequence[FileHeader]]
 
 
@@ -27,7 +26,7 @@ def needed_ranks(
     """
     if target is None or set(present) != set(range(source.world)):
         return None
-    stages = [number for number in range(len(target.stages)) if any(r in target.ranks(number) for r in ranks)]
+    stages = sorted({target.stage_of(rank) for rank in ranks})
     wanted = {name for number in stages for name in target.stages[number].layouts}
     found: set[int] = set()
     cache: dict[tuple[Layout, Layout, Shape, int, int], set[int] | None] = {}

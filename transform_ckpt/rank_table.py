@@ -16,6 +16,9 @@ from typing import Any
 from transform_ckpt.errors import InputError, Problems, UsageError, first_twice, rank_ranges
 from transform_ckpt.formats.files import open_binary
 
+NPUS = "/dev/davinci[0-9]*"
+"""Pattern of the device files of Ascend."""
+
 VERSION, COMPLETED = "1.0", "completed"
 MAX_NBYTES = 64 << 20
 _RANGE = re.compile(r"\[?(\d+),(\d+)[\])]?", re.ASCII)

@@ -26,6 +26,12 @@ def share(world: int, processes: int, rank: int | None) -> Sequence[int]:
     return range(rank, rank + block) if rank % block == 0 else range(0)
 
 
+def maker(world: int, processes: int, rank: int) -> int:
+    """The rank whose `share` holds `rank`."""
+    block = world // min(processes, world)
+    return rank // block * block
+
+
 def named_sources(path: str) -> dict[str, str]:
     """Checkpoint name -> path: a directory of ranks by its own name, complete files each by its stem."""
     path = os.path.abspath(path)

@@ -183,8 +183,8 @@ def _choose(source: Source, strategy: Strategy | None, options: TargetOptions, r
     _refuse(homeless, unlisted, strategy)
     notes = [f"in no strategy, carried as it is: {name_some(carried)}"] if carried else []
     if strategy is not None:
-        own = {s for s in range(len(strategy.stages)) if ranks is None or set(ranks) & set(strategy.ranks(s))}
-        asked = [n for n, stages in strategy.names.items() if own.intersection(stages)]
+        own = range(len(strategy.stages)) if ranks is None else {strategy.stage_of(rank) for rank in ranks}
+        asked = [n for n, stages in strategy.names.items() if any(stage in own for stage in stages)]
         lacking = [n for n in asked if n not in params and not split_optimizer(n)[0]]
         if lacking:
             notes.append(f"{len(lacking)} parameters of the destination strategy have no tensor: {name_some(lacking)}")

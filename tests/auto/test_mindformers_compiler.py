@@ -25,7 +25,7 @@ class Machine:
         self.cann.mkdir()
         (folder / "davinci0").touch()
         self.environ = {"ASCEND_HOME_PATH": str(self.cann)}
-        monkeypatch.setattr(compiler, "_DEVICES", str(folder / "davinci[0-9]*"))
+        monkeypatch.setattr(compiler, "NPUS", str(folder / "davinci[0-9]*"))
         monkeypatch.setattr(compiler.importlib.util, "find_spec", self.find_spec)
 
     def find_spec(self, name: str) -> Any:

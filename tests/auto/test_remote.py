@@ -21,11 +21,12 @@ import pytest
 
 from tests.auto.fake_moxing import File, MoxFileRespException
 from transform_ckpt.auto import remote_fsspec, remote_results
-from transform_ckpt.auto.remote import Remote, check_remote_url, in_modelarts
+from transform_ckpt.auto.remote import Remote, check_remote_url
 from transform_ckpt.auto.remote_backends import ENDPOINT_VARIABLES, open_backend
 from transform_ckpt.auto.remote_fsspec import etag, part_nbytes
 from transform_ckpt.auto.remote_moxing import Moxing
 from transform_ckpt.errors import InputError, StorageError, UsageError
+from transform_ckpt.launcher import in_modelarts
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'transform_ckpt[remote]'")
 server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'transform_ckpt[test]'")
@@ -711,7 +712,7 @@ def publish_strategies(remote: Remote, root: Path, world: int, run_id: str = RUN
 def test_strategies_of_all_ranks_arrive(store: Store, tmp_path: Path) -> None:
     mine = write_strategies(tmp_path / "up", 4)
     publish_strategies(store.remote, mine, 4)
-    remote_results.fetch_strategies(store.remote, str(tmp_path / "down"), 4, 5, run_id=RUN, poll=0.05)
+    remote_results.fetch_strategies(store.remote, str(tmp_path / "down"), range(4), 5, run_id=RUN, poll=0.05)
     assert tree(tmp_path / "down") == tree(mine)
     assert {k.split("/", 1)[1]: v for k, v in store.held().items() if k.startswith("strategy/")} == tree(mine)
 
@@ -721,7 +722,7 @@ def test_only_strategies_that_are_missing_or_of_another_run_are_downloaded(store
     local = write_strategies(tmp_path / "down", 3)
     (local / "ckpt_strategy_rank_1.ckpt").write_bytes(b"strategy 9 " * 50)  # of another run, same size
     spy = Spy(store.remote.backend)
-    remote_results.fetch_strategies(replace(store.remote, backend=spy), str(local), 4, 5, run_id=RUN)
+    remote_results.fetch_strategies(replace(store.remote, backend=spy), str(local), range(4), 5, run_id=RUN)
     assert spy.calls.count("get") == 2
     assert tree(local) == tree(tmp_path / "up")
 
@@ -730,7 +731,7 @@ def test_strategies_of_an_earlier_run_do_not_pass(store: Store, tmp_path: Path) 
     publish_strategies(store.remote, write_strategies(tmp_path / "up", 2), 2, "earlier")
     remote_results.publish_strategy(store.remote, str(tmp_path / "up"), 0, run_id=RUN)
     with pytest.raises(StorageError, match=rf"1 of 2 .*runs/{RUN}/complete/strategy/rank_1.json"):
-        remote_results.fetch_strategies(store.remote, str(tmp_path / "down"), 2, 0.1, run_id=RUN, poll=0.05)
+        remote_results.fetch_strategies(store.remote, str(tmp_path / "down"), range(2), 0.1, run_id=RUN, poll=0.05)
     assert not (tmp_path / "down").exists()
 
 
@@ -820,7 +821,7 @@ def test_the_failure_of_another_rank_ends_fetching(store: Store, tmp_path: Path)
     with pytest.raises(StorageError, match="rank 1 failed"):
         remote_results.fetch_rank(store.remote, "m", 0, str(tmp_path), 60, check, run_id=RUN)
     with pytest.raises(StorageError, match="rank 1 failed"):
-        remote_results.fetch_strategies(store.remote, str(tmp_path), 2, 60, check, run_id=RUN)
+        remote_results.fetch_strategies(store.remote, str(tmp_path), range(2), 60, check, run_id=RUN)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"files": {"x": 3}}', b'{"files": 1}', b"\xff"])

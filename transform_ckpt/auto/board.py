@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from transform_ckpt.auto.remote import Remote
 from transform_ckpt.errors import StorageError
-from transform_ckpt.formats.files import storage_error
+from transform_ckpt.formats.files import read_json, storage_error, write_json
 
 
 class Board(Protocol):
@@ -51,23 +51,15 @@ class LocalBoard:
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """A file, renamed into place."""
         path = os.path.join(self.where, name)
-        part = f"{path}.{os.getpid()}.tmp"
         self._make(os.path.dirname(path))
         try:
-            with open(part, "w", encoding="utf-8") as stream:
-                json.dump(content, stream)
-            os.replace(part, path)
+            write_json(path, content)
         except OSError as error:
             raise storage_error(path, error, "leaving a note for the other ranks") from None
 
     def read(self, name: str) -> dict[str, Any]:
         """{} also for a file that cannot be read now: the next look may be better."""
-        try:
-            with open(os.path.join(self.where, name), encoding="utf-8") as stream:
-                found = json.load(stream)
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_json(os.path.join(self.where, name))
 
     def names(self, folder: str) -> Sequence[str]:
         """One directory listing."""

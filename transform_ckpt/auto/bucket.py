@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from strategy.generate_files import RANK_FILE
 from transform_ckpt.auto.board import Board, RemoteBoard
 from transform_ckpt.auto.remote import Remote
-from transform_ckpt.auto.remote_results import fetch_rank, publish_rank, publish_strategy
+from transform_ckpt.auto.remote_results import fetch_rank, fetch_strategies, publish_rank, publish_strategy
 from transform_ckpt.auto.rendezvous import DIRECTORY, Rendezvous
 
 
@@ -28,13 +27,9 @@ class Bucket:
         """Send one rank's strategy file."""
         publish_strategy(self.remote, directory, rank, run_id=run_id, world=world)
 
-    def fetch_strategies(self, run_id: str, directory: str, ranks: Iterable[int]) -> None:
+    def fetch_strategies(self, rendezvous: Rendezvous, directory: str, ranks: Iterable[int]) -> None:
         """Bring the strategy files of some ranks here, those that are not."""
-        for rank in ranks:
-            name = RANK_FILE.format(rank=rank)
-            path = os.path.join(directory, name)
-            if not os.path.exists(path):
-                self.remote.download(f"runs/{run_id}/strategy/{name}", path)
+        fetch_strategies(self.remote, directory, ranks, self.timeout, rendezvous.check, run_id=rendezvous.run_id)
 
     def give_ranks(self, run_id: str, results: str, name: str, ranks: Sequence[int]) -> None:
         """Send the ranks that this process has made."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from strategy.generate_files import RANK_FILE
 from transform_ckpt.formats.files import storage_error
+from transform_ckpt.rank_table import NPUS
 
 _PLUGINS = ("plugin/ascend", "plugin/libmindspore_ascend.so*", "libmindspore_ascend.so*")
 """Below mindspore/lib: what the Ascend wheel has and the CPU wheel has not (2.9.0: run_check/_check_version.py,
@@ -22,8 +23,6 @@ ops/operations/custom_ops.py)."""
 
 _CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH")
 """What CANN's set_env.sh exports; run_check/_check_version.py of MindSpore 2.9.0 asks for the first and the last."""
-
-_DEVICES = "/dev/davinci[0-9]*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ _NEEDS = (
         lambda environ: any(os.path.isdir(environ.get(name, "")) for name in _CANN_VARIABLES),
         f"CANN is not set up: none of {', '.join(_CANN_VARIABLES)} is a directory (source its set_env.sh)",
     ),
-    _Need(lambda _: bool(glob.glob(_DEVICES)), f"no Ascend device: there is no {_DEVICES}"),
+    _Need(lambda _: bool(glob.glob(NPUS)), f"no Ascend device: there is no {NPUS}"),
 )
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from strategy.generate import Generated
+from strategy.generate_files import write_rank_files
 from strategy.layout import Strategy
 from transform_ckpt.auto import handover, runs
 from transform_ckpt.auto.accounting import account
-from transform_ckpt.auto.remote import in_modelarts
+from transform_ckpt.auto.origin import Origin
 from transform_ckpt.auto.request import Request
-from transform_ckpt.auto.settings import JobSettings, check_source, check_world, read_settings
-from transform_ckpt.auto.strategies import by_rule, write_merged, write_own
+from transform_ckpt.auto.settings import JobSettings, Kind, check_source, check_world, read_settings
+from transform_ckpt.auto.strategies import by_rule
 from transform_ckpt.auto.transform import AutoTransform
-from transform_ckpt.launcher import Launcher, find_launcher
+from transform_ckpt.launcher import Launcher, find_launcher, in_modelarts
 from transform_ckpt.views import Shape
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     Held = dict[str, np.ndarray[Any, Any] | str]
 
 Say = Callable[[str], None]
+_KINDS: Mapping[str, Kind] = {"ranks": "ranks", "file": "file"}
+"""Kind of an Origin -> kind that the settings know; everything else is complete."""
 
 
 def main(argv: Sequence[str], work_path: str, say: Say = print) -> None:
@@ -72,31 +76,32 @@ def request_of(settings: JobSettings, *, optimizer: bool) -> Request:
         keep=settings.keep,
         timeout=settings.transform_timeout,
         saves=settings.is_training or settings.only_save_strategy,
-        remote_url=settings.remote_save_url if in_modelarts(os.environ) else None,
+        remote_url=settings.remote_save_url if in_modelarts() else None,
     )
+
+
+def check_origin(settings: JobSettings, found: Origin) -> tuple[str, ...]:
+    """InputError when the settings do not fit what load_checkpoint turned out to be; else notes."""
+    kind = _KINDS.get(found.kind, "complete")
+    return check_source(settings, kind, found.ranks, found.formats, strategy=found.strategy)
 
 
 def save_strategy(settings: JobSettings, launcher: Launcher, say: Say) -> None:
     """only_save_strategy: all ranks' files when one process runs, each its own under a launcher."""
     generated = by_rule(settings.document, settings.config)
     _say_notes(generated, launcher, say)
+    job = AutoTransform(replace(request_of(settings, optimizer=False), transform=False), launcher, say)
     if launcher.world > 1:
         check_world(settings, launcher.world)
-        job = AutoTransform(request_of(settings, optimizer=False), launcher, say)
         with job.together():
             job.use_strategy(generated.strategy)
             job.publish_strategy()
-            job.rendezvous.loaded()
-        directory = job.strategy_directory
     else:
-        job = AutoTransform(request_of(settings, optimizer=False), launcher, say)
-        directory = job.strategy_directory
-        for rank in range(generated.strategy.world):
-            write_own(generated.strategy, directory, rank)
-        write_merged(generated.strategy, directory)
+        write_rank_files(generated.strategy, job.strategy_directory, merged=len(generated.strategy.stages) > 1)
         runs.mark_saving(job.output, job.rendezvous.run_id)
         runs.point(settings.output_dir, job.rendezvous.run_id, runs.STRATEGY, say)
-    say(f"only_save_strategy: strategy files are in {os.path.join(settings.output_dir, runs.STRATEGY)} ({directory})")
+    known = os.path.join(settings.output_dir, runs.STRATEGY)
+    say(f"only_save_strategy: strategy files are in {known} ({job.strategy_directory})")
 
 
 class Job:
@@ -121,9 +126,7 @@ class Job:
     def load(self, expected: Mapping[str, Shape]) -> Held:
         """This rank's tensors of load_checkpoint, cut as the job needs them, each accounted for."""
         job = self.transform
-        found = job.resolve()
-        kind = {"ranks": "ranks", "file": "file"}.get(found.kind, "complete")
-        notes = check_source(self.settings, kind, found.ranks, found.formats, strategy=found.strategy)  # type: ignore[arg-type]
+        notes = check_origin(self.settings, job.resolve())
         for note in notes if self.launcher.rank == 0 else ():
             self.say(f"note: {note}")
         job.use_strategy(self.strategy)
@@ -142,8 +145,6 @@ class Job:
         """What a later job needs to read the checkpoints of this one."""
         self.transform.strategy = self.strategy
         self.transform.publish_strategy()
-        if self.transform.rendezvous.run_id:
-            self.transform.rendezvous.loaded()  # from here on ranks may end when they like
 
 
 def _say_notes(generated: Generated, launcher: Launcher, say: Say) -> None:

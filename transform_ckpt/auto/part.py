@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from transform_ckpt.auto.rendezvous import DIRECTORY
 from transform_ckpt.auto.runs import TRANSFORMED, runs
 from transform_ckpt.errors import TransformError
 from transform_ckpt.execute import RunOptions, run
-from transform_ckpt.formats.files import storage_error, xxh3
+from transform_ckpt.formats.files import read_json, storage_error, write_json, xxh3
 from transform_ckpt.planner import Plan
 from transform_ckpt.verify import check_files
 
@@ -50,7 +49,7 @@ def make_part(plan: Plan, output: str, run_id: str, name: str, options: RunOptio
             folder = _folder(plan, number)
             os.rename(os.path.join(part, folder), os.path.join(target, folder))
             content = {**key, "manifest": {**written, "files": {file.relpath: written["files"][file.relpath]}}}
-            _write(os.path.join(here, RECORDS, name, f"{folder}.json"), content)
+            write_json(os.path.join(here, RECORDS, name, f"{folder}.json"), content, indent=1)
         shutil.rmtree(part)
     except OSError as error:
         raise storage_error(target, error, "moving the finished ranks in") from None
@@ -70,7 +69,7 @@ def join_records(output: str, run_id: str, name: str, world: int) -> str:
         files.update(whole["files"])
         plans.append(record["plan"])
     path = os.path.join(here, TRANSFORMED, name, manifest.NAME)
-    _write(path, {**whole, "plan": xxh3(*(plan.encode() for plan in plans)), "files": files})
+    write_json(path, {**whole, "plan": xxh3(*(plan.encode() for plan in plans)), "files": files}, indent=1)
     return path
 
 
@@ -91,7 +90,7 @@ def _take_over(
             _link(os.path.join(there, TRANSFORMED, name), os.path.join(output, DIRECTORY, run_id, TRANSFORMED, name),
                   plan.target.files[number].relpath)  # fmt: skip
             path = os.path.join(output, DIRECTORY, run_id, RECORDS, name, f"{_folder(plan, number)}.json")
-            _write(path, record)
+            write_json(path, record, indent=1)
         if _folder(plan, 0) == "rank_0":  # one line, not one for each process
             say(f"ranks are taken over from run {other}: same source, same strategies, digests compared")
         return True
@@ -118,13 +117,8 @@ def _link(there: str, here: str, relpath: str) -> None:
 
 def _record(path: str, key: Mapping[str, Any]) -> dict[str, Any]:
     """A record of this plan and source; {} when there is none."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            found = json.load(stream)
-    except (OSError, ValueError):
-        return {}
-    same = isinstance(found, dict) and all(found.get(name) == value for name, value in key.items())
-    return found if same else {}
+    found = read_json(path)
+    return found if all(found.get(name) == value for name, value in key.items()) else {}
 
 
 def _stamps(plan: Plan) -> list[list[int]]:
@@ -138,10 +132,3 @@ def _files(plan: Plan) -> Sequence[int]:
 
 def _folder(plan: Plan, number: int) -> str:
     return os.path.dirname(plan.target.files[number].relpath)
-
-
-def _write(path: str, content: Mapping[str, Any]) -> None:
-    part = f"{path}.{secrets.token_hex(4)}.tmp"  # several ranks may find themselves the last
-    with open(part, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)

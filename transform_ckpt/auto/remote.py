@@ -15,24 +15,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 from transform_ckpt.auto.remote_backends import Backend, open_backend
-from transform_ckpt.auto.remote_names import check_name, discard, local_files
+from transform_ckpt.auto.remote_names import SCHEMES, check_name, discard, local_files
 from transform_ckpt.errors import InputError, Problems, StorageError, TransformError, UsageError, name_some
 from transform_ckpt.formats.files import storage_error
 
 _T = TypeVar("_T")
 
-_MODELARTS_VARIABLES = ("MA_LOG_DIR", "MA_JOB_DIR", "MA_LOCAL_LOG_PATH", "BATCH_GROUP_NAME")
-_SCHEMES = ("obs://", "s3://")
-
-
-def in_modelarts(environ: Mapping[str, str]) -> bool:
-    """Is this a ModelArts job?  The variables MindFormers 1.9.0 looks for (tools/utils.py, check_in_modelarts)."""
-    return any(name in environ for name in _MODELARTS_VARIABLES)
-
 
 def check_remote_url(url: object) -> None:
     """InputError unless `url` is what MindFormers 1.9.0 takes (tools/utils.py, check_obs_url) and names a bucket."""
-    if not isinstance(url, str) or not url.startswith(_SCHEMES):
+    if not isinstance(url, str) or not url.startswith(SCHEMES):
         raise InputError(f"remote_save_url: found {url!r}, expected obs://bucket/directory or s3://bucket/directory")
     bucket, _, name = url.split("://", 1)[1].partition("/")
     if not bucket.strip():

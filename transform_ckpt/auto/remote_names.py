@@ -12,6 +12,9 @@ import shutil
 from transform_ckpt.errors import InputError
 from transform_ckpt.formats.files import storage_error
 
+SCHEMES = ("obs://", "s3://")
+"""How a bucket's URL begins (MindFormers 1.9.0 tools/utils.py, check_obs_url)."""
+
 
 def check_name(name: str) -> None:
     """InputError unless `name` stays inside the directory it is joined to, here and on a local disk."""

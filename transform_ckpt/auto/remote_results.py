@@ -103,10 +103,17 @@ def publish_rank(remote: Remote, name: str, local_rank_dir: str, rank: int, *, r
 
 
 def fetch_strategies(
-    remote: Remote, local_dir: str, world: int, timeout: float, check: Check = None, *, run_id: str, poll: float = 5.0
+    remote: Remote,
+    local_dir: str,
+    ranks: Iterable[int],
+    timeout: float,
+    check: Check = None,
+    *,
+    run_id: str,
+    poll: float = 5.0,
 ) -> None:
-    """Wait for the strategies of all ranks; download those that `local_dir` lacks, or holds from another run."""
-    shelves = [_strategy(run_id, rank) for rank in range(world)]
+    """Wait for the strategies of `ranks`; download those that `local_dir` lacks, or holds from another run."""
+    shelves = [_strategy(run_id, rank) for rank in ranks]
     remote.wait_for((shelf.mark for shelf in shelves), timeout, check, poll)
     with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
         for _ in pool.map(lambda shelf: _fetch(remote, shelf, local_dir), shelves):

@@ -60,7 +60,6 @@ class Rendezvous:
         self._me = _identity(launcher)
         self._peers: Mapping[str, Any] = {}
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
 
     @property
     def directory(self) -> str:
@@ -84,8 +83,7 @@ class Rendezvous:
             self._await_run()
         self.reach("joined")
         if self.launcher.world > 1:
-            self._thread = threading.Thread(target=self._watch, name="auto_trans", daemon=True)
-            self._thread.start()
+            threading.Thread(target=self._watch, name="auto_trans", daemon=True).start()
         return self.run_id
 
     def _open_run(self) -> None:

@@ -5,7 +5,7 @@ is read already.  What follows from other keys follows as in MindFormers 1.9.0:
 trainer/trainer.py `_adjust_resume_training_if_ckpt_path_invalid`, `_try_use_pretrained_model_dir_as_ckpt`,
 `_using_checkpoint_name_or_path_if_needed`; trainer/utils.py `convert_checkpoint_config`; tools/utils.py
 `set_remote_save_url`, `check_in_modelarts`; utils/file_utils.py `set_output_path`.
-May import only its settings_* neighbours and errors.
+May import only its settings_* neighbours, remote_names, launcher and errors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from transform_ckpt.auto.remote_names import SCHEMES
 from transform_ckpt.auto.settings_document import get, plain, read_document
 from transform_ckpt.auto.settings_rules import check_rules
 from transform_ckpt.auto.settings_types import TRAINING, JobSettings
@@ -22,6 +23,7 @@ from transform_ckpt.auto.settings_unknown import check_keys
 from transform_ckpt.auto.settings_values import FIELDS, read_values
 from transform_ckpt.auto.settings_world import Kind, check_source, check_world
 from transform_ckpt.errors import InputError, Problems
+from transform_ckpt.launcher import in_modelarts
 
 __all__ = [
     "JobSettings",
@@ -32,8 +34,6 @@ __all__ = [
     "settings_from_document",
 ]
 
-_MODELARTS = ("MA_LOG_DIR", "MA_JOB_DIR", "MA_LOCAL_LOG_PATH", "BATCH_GROUP_NAME")
-_URLS = ("obs://", "s3://")
 DEFAULT_OUTPUT = "output"
 
 Values = dict[str, Any]
@@ -143,9 +143,9 @@ def _follow_processes(values: Values, notes: list[str]) -> None:
 def _follow_url(values: Values, environ: Mapping[str, str], config: str, notes: list[str]) -> None:
     """The environment's REMOTE_SAVE_URL wins.  A text that is no URL counts only where it would be used: ModelArts."""
     url = environ.get("REMOTE_SAVE_URL") or values["remote_save_url"]
-    if url and not url.startswith(_URLS):
+    if url and not url.startswith(SCHEMES):
         if values["auto_trans_ckpt"] or values["resume_training"]:
-            if any(name in environ for name in _MODELARTS):
+            if in_modelarts(environ):
                 raise InputError(f"{config}: remote_save_url: expected obs://... or s3://..., found {url!r}")
             notes.append(f"remote_save_url {url!r} is not used: it is no obs:// or s3:// URL")
         url = None

@@ -4,7 +4,7 @@ Flags, meanings and the free ones (`--parallel_config.model_parallel 4`) are tho
 1.9.0 (the file lies beside the wheel's sources, not in it), abbreviations included.  What differs: booleans may be
 written as in every other command here; `--options a.b=True` is True (there ActionDict compares a method with a text,
 so that every boolean becomes False); what is given by name wins over `--options`.
-May import only transform_ckpt.auto.settings_{document,keys,unknown}, transform_ckpt.cli.dropin and errors.
+May import only transform_ckpt.auto.settings_{document,keys,unknown}, transform_ckpt.flags and errors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from transform_ckpt.auto.request import DEFAULT_KEEP, DEFAULT_TIMEOUT_SECONDS
 from transform_ckpt.auto.settings_document import get, put
 from transform_ckpt.auto.settings_keys import TOP
 from transform_ckpt.auto.settings_unknown import near_key
@@ -61,8 +62,8 @@ FLAGS: tuple[Flag, ...] = (
     _same("output_dir", str, "where strategy/, transformed_checkpoint/ and checkpoint/ go"),
     _same("transform_in_memory", boolean, "load the slices without writing transformed_checkpoint/"),
     _same("load_strict", boolean, "a parameter without a tensor is an error (default True)"),
-    _same("keep", int, "so many transformed checkpoints stay (default 2)"),
-    _same("transform_timeout", float, "seconds to wait for other ranks (default 1800)"),
+    _same("keep", int, f"so many transformed checkpoints stay (default {DEFAULT_KEEP})"),
+    _same("transform_timeout", float, f"seconds to wait for other ranks (default {DEFAULT_TIMEOUT_SECONDS:g})"),
     _same("rank_id", int, "this process's rank; default from the environment"),
     _same("world_size", int, "number of ranks; default from the environment"),
     _same("seed", int, "random seed"),

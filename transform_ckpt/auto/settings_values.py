@@ -2,7 +2,7 @@
 
 Defaults are those of MindFormers 1.9.0 tools/register/template.py `GeneralConfig`, except transform_process_num and
 load_ckpt_format: not given means more here (each rank its own slice; what the source holds).
-Pure; may import only settings_{document,types} and errors.
+Pure; may import only settings_{document,types}, request and errors.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transform_ckpt.auto.request import DEFAULT_KEEP, DEFAULT_TIMEOUT_SECONDS
 from transform_ckpt.auto.settings_document import get
 from transform_ckpt.auto.settings_types import FACTORS
 from transform_ckpt.errors import Problems
@@ -101,8 +102,8 @@ FIELDS: Mapping[str, Key] = {
     "output_dir": Key(_path),
     "transform_in_memory": Key(_flag, default=False),
     "load_strict": Key(_flag, default=True),
-    "keep": Key(_whole(1), default=2),
-    "transform_timeout": Key(_seconds, default=1800.0),
+    "keep": Key(_whole(1), default=DEFAULT_KEEP),
+    "transform_timeout": Key(_seconds, default=DEFAULT_TIMEOUT_SECONDS),
     "predict_data": Key(_texts, (), key="input_data"),
     "seed": Key(_whole(0), default=1),
     "rank_id": Key(_whole(0)),

@@ -27,8 +27,7 @@ def write_own(strategy: Strategy, directory: str, rank: int) -> str:
     """Write one rank's file; its path."""
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, RANK_FILE.format(rank=rank))
-    stage = next(number for number in range(len(strategy.stages)) if rank in strategy.ranks(number))
-    mindspore_file.write_stage(strategy, stage, path)
+    mindspore_file.write_stage(strategy, strategy.stage_of(rank), path)
     return path
 
 

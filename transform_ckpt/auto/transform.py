@@ -27,7 +27,7 @@ from transform_ckpt.execute import RunOptions
 from transform_ckpt.formats import container_of
 from transform_ckpt.launcher import Launcher
 from transform_ckpt.planner import Plan
-from transform_ckpt.sharing import share
+from transform_ckpt.sharing import maker, share
 from transform_ckpt.target import TargetOptions, lay_out
 from transform_ckpt.tensors import Source
 from transform_ckpt.verify import check_source
@@ -117,6 +117,8 @@ class AutoTransform:
         write_own(self.strategy, self.strategy_directory, self.launcher.rank)
         self._give_strategy()
         self._strategy_is_written(self.strategy)
+        if not self.shares:
+            self.rendezvous.loaded()  # nothing else comes from the others: ranks may end when they like
 
     def collect_strategy(self, stages: int) -> Strategy:
         """This job's strategy as the compiler has written it to `strategy_directory`, each rank its own file.
@@ -128,7 +130,7 @@ class AutoTransform:
         self.rendezvous.reach(STRATEGY_WRITTEN)
         self.rendezvous.wait(STRATEGY_WRITTEN, first_ranks(world, stages))
         if self.bucket:
-            self.bucket.fetch_strategies(self.rendezvous.run_id, directory, first_ranks(world, stages))
+            self.bucket.fetch_strategies(self.rendezvous, directory, first_ranks(world, stages))
         self.strategy = read_compiled(directory, world, stages)
         self._published = True
         self._strategy_is_written(self.strategy)
@@ -208,8 +210,8 @@ class AutoTransform:
         for name in self.origin.checkpoints if self.origin and not self.bucket else ():
             join_records(self.output, self.rendezvous.run_id, name, self.launcher.world)
         runs.point(self.output, self.rendezvous.run_id, runs.TRANSFORMED, self.say)
-        needed = [p for p in (*self._sources(), self.rendezvous.directory + os.sep) if p]
-        removed = runs.prune(self.output, self.request.keep, needed, self.say)
+        needed = filter(None, (*self._sources(), self.rendezvous.directory))
+        removed = runs.prune(self.output, self.request.keep, list(needed), self.say)
         if removed:
             self.say(f"results of older runs removed (keep {self.request.keep}): {', '.join(removed)}")
 
@@ -222,10 +224,8 @@ class AutoTransform:
         return list(share(world, self.request.processes or world, self.launcher.rank))
 
     def _maker(self) -> int:
-        """The rank that makes this rank's file."""
         world = self.launcher.world
-        block = world // min(self.request.processes or world, world)
-        return self.launcher.rank // block * block
+        return maker(world, self.request.processes or world, self.launcher.rank)
 
     def _workers(self) -> int:
         """Cores of this host shared by the ranks of this host that work."""
@@ -245,10 +245,8 @@ class AutoTransform:
             if hf_names.is_hugging_face(source):
                 source = hf_names.renamed(source)
             check_source(source, full=False)
-            options = self._options(source)
-            if not self.request.transform:
-                return planner.build(source, lay_out(source, None, options))
-            return planner.build(source, lay_out(source, self.strategy, options, ranks))
+            strategy, files = (self.strategy, ranks) if self.request.transform else (None, None)
+            return planner.build(source, lay_out(source, strategy, self._options(source), files))
 
     def _options(self, source: Source) -> TargetOptions:
         held = {container_of(header.path) for header in source.headers}

@@ -31,8 +31,10 @@ MULTI_NODE_PORT = 8118
 
 def has_npus(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this machine has Ascend devices; TRANSFORM_CKPT_NPU=0 or 1 decides instead of looking."""
+    from transform_ckpt.rank_table import NPUS
+
     said = environ.get("TRANSFORM_CKPT_NPU", "")
-    return said == "1" if said else bool(glob.glob("/dev/davinci[0-9]*"))
+    return said == "1" if said else bool(glob.glob(NPUS))
 
 
 def hccl_tools() -> int:

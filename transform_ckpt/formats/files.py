@@ -1,4 +1,4 @@
-"""What every format reader needs of the file system: open, size, digest, and errors said in one way.
+"""What every format reader needs of the file system: open, size, digest, small JSON, and errors said in one way.
 
 May import transform_ckpt.errors and the standard library only (xxhash inside the function).
 """
@@ -6,10 +6,12 @@ May import transform_ckpt.errors and the standard library only (xxhash inside th
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from transform_ckpt.errors import InputError, StorageError, TransformError
 
@@ -65,3 +67,21 @@ def xxh3(*chunks: bytes) -> str:
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def write_json(path: str, content: Mapping[str, Any], indent: int | None = None) -> None:
+    """A small file that readers see whole or not at all, even when several processes write it.  Raises OSError."""
+    part = f"{path}.{os.urandom(4).hex()}.tmp"
+    with open(part, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=indent) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """What `write_json` wrote; {} when it is not there, or no such thing."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            found = json.load(stream)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -37,7 +37,7 @@ def _cut(name: str, value: Any, strategy: Strategy | None, rank: int) -> Any:
         return value
     import mindspore as ms
 
-    stage = next(number for number in range(len(strategy.stages)) if rank in strategy.ranks(number))
+    stage = strategy.stage_of(rank)
     layout = strategy.stages[stage].layouts.get(name)
     if layout is None:
         return value

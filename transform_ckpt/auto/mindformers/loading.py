@@ -138,7 +138,7 @@ def elsewhere(cells: Iterable[Any], strategy: Strategy | None, rank: int) -> fro
 
     found: set[str] = set()
     if strategy is not None:
-        stage = next(number for number in range(len(strategy.stages)) if rank in strategy.ranks(number))
+        stage = strategy.stage_of(rank)
         own = strategy.stages[stage].layouts
         listed = {name for name in strategy.names if name not in own}
         found = listed | {name for cell in cells for name in _shapes(cell) if split_optimizer(name)[1] in listed}

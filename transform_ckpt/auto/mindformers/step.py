@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any
 
 from transform_ckpt.auto.compiler import write_to
-from transform_ckpt.auto.job import request_of, save_strategy
+from transform_ckpt.auto.job import check_origin, request_of, save_strategy
 from transform_ckpt.auto.mindformers import places
 from transform_ckpt.auto.mindformers.config import COMPILED_MODES, Call
 from transform_ckpt.auto.mindformers.launch import find_job_launcher
@@ -17,12 +17,9 @@ from transform_ckpt.auto.mindformers.loading import load
 from transform_ckpt.auto.mindformers.strategies import Sought
 from transform_ckpt.auto.mindformers.weights import needs_conversion
 from transform_ckpt.auto.origin import Origin
-from transform_ckpt.auto.settings import JobSettings, Kind, check_source, check_world
+from transform_ckpt.auto.settings import JobSettings, check_world
 from transform_ckpt.auto.transform import AutoTransform
 from transform_ckpt.launcher import Launcher
-
-_KINDS: dict[str, Kind] = {"ranks": "ranks", "file": "file"}
-"""Kind of an Origin -> kind that the settings know; everything else is complete."""
 
 
 def replacement_step(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,8 +99,7 @@ def _job(call: Call, settings: JobSettings, launcher: Launcher) -> AutoTransform
 def _check_source(settings: JobSettings, found: Origin, launcher: Launcher) -> None:
     known = settings.load_ckpt_format in found.formats
     asked = settings if known else replace(settings, load_ckpt_format=None)
-    notes = check_source(asked, _KINDS.get(found.kind, "complete"), found.ranks, found.formats, strategy=found.strategy)
-    for note in notes if launcher.rank == 0 else ():
+    for note in check_origin(asked, found) if launcher.rank == 0 else ():
         _say(note)
 
 
