@@ -382,14 +382,12 @@ def test_a_memo_of_huge_numbers_costs_nothing() -> None:
 
 def test_a_key_that_takes_for_ever_to_hash() -> None:
     """A tuple of twice a tuple of twice ...: 2**40 hashes, were it one."""
-    body = b"K\1\x85q\0" + b"".join(
-        b"h" + bytes([n]) + b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(40)
-    )
+    body = b"K\1\x85q\0" + b"".join(b"0h%ch%c\x86q%c" % (n, n, n + 1) for n in range(40))
     assert "of type tuple" in refused(whole(b"}" + body + b"Ns"))
 
 
 def test_lists_that_never_end_are_read_and_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = b"]q\0K\1a" + b"".join(b"](h" + bytes([n]) + b"h" + bytes([n]) + b"eq" + bytes([n + 1]) for n in range(40))
+    body = b"]q\0K\1a" + b"".join(b"0](h%ch%ceq%c" % (n, n, n + 1) for n in range(40))
     tree = read(whole(body))
     monkeypatch.setattr(torch_tree, "MAX_NODES", 10_000)
     with pytest.raises(InputError, match=r"x\.pt: holds more than 10,000 values"):
@@ -399,7 +397,7 @@ def test_lists_that_never_end_are_read_and_not_walked(monkeypatch: pytest.Monkey
 def test_values_in_themselves_and_too_deep_are_not_walked() -> None:
     for body in (b"]q\0h\0a", b"}q\0" + text("a") + b"h\0s", b"](" * 500 + b"e" * 500, b"]" * 50_000 + b"a" * 49_999):
         tree = read(whole(body))
-        with pytest.raises(InputError, match="contains itself or nests 200 deep"):
+        with pytest.raises(InputError, match="contains itself or nests 100 deep"):
             list(torch_tree.tensors_of(tree, {}, "x.pt"))
 
 

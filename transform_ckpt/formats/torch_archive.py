@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transform_ckpt.errors import InputError
@@ -143,14 +144,16 @@ def _wide(name: str, extra: bytes, size: int, packed: int, header: int, path: st
     numbers = [size, packed, header]
     if LIMIT not in numbers:
         return size, packed, header
+    wide: Iterator[int] = iter(())
     at = 0
     while at + 4 <= len(extra):
         tag, nbytes = struct.unpack_from("<HH", extra, at)
         if tag == 1:
-            wide = iter(struct.unpack_from(f"<{nbytes // 8}Q", extra[: at + 4 + nbytes], at + 4))
-            numbers = [next(wide, -1) if n == LIMIT else n for n in numbers]
+            content = extra[at + 4 : at + 4 + nbytes]
+            wide = iter(struct.unpack_from(f"<{len(content) // 8}Q", content))
             break
         at += 4 + nbytes
+    numbers = [next(wide, -1) if n == LIMIT else n for n in numbers]
     if any(n < 0 for n in numbers):
         raise damaged(path, f"{name!r:.200} has no zip64 sizes")
     return numbers[0], numbers[1], numbers[2]

@@ -122,16 +122,16 @@ class Machine:
         """The next little-endian unsigned integer."""
         return int.from_bytes(self.take(nbytes), "little")
 
-    def line(self) -> str:
-        """Text up to the next line feed."""
-        end = self.data.find(b"\n", self.pos, self.pos + 1_024)
+    def line(self, limit: int = 1_024) -> bytes:
+        """Bytes up to the next line feed, of which there are at most `limit`."""
+        end = self.data.find(b"\n", self.pos, self.pos + limit)
         if end < 0:
-            if self.pos + 1_024 > len(self.data):
+            if self.pos + limit > len(self.data):
                 raise TruncatedError(f"{self.where}: the pickle ends within a name: {HINT}")
-            raise RefusedError("holds a line of more than 1,024 bytes in its pickle")
-        text = self.data[self.pos : end].decode()
+            raise RefusedError(f"holds a line of more than {limit:,} bytes in its pickle")
+        found = self.data[self.pos : end]
         self.pos = end + 1
-        return text
+        return found
 
     # -------------------------------------------------------------------------------------------- parts of opcodes
 

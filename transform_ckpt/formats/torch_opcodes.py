@@ -46,7 +46,7 @@ def _long(length_nbytes: int) -> Opcode:
 
 
 def _text_int(m: Machine) -> None:
-    text = m.line().removesuffix("L")
+    text = m.line().decode().removesuffix("L")
     m.stack.append({"00": False, "01": True}.get(text) if text in {"00", "01"} else int(text))
 
 
@@ -75,7 +75,7 @@ def _binunicode(m: Machine) -> None:
 
 
 def _text_unicode(m: Machine) -> None:
-    m.stack.append(m.line().encode("latin-1").decode("raw-unicode-escape"))
+    m.stack.append(m.line(len(m.data)).decode("raw-unicode-escape"))
 
 
 def _bytes(length_nbytes: int) -> Opcode:
@@ -214,8 +214,8 @@ def _additems(m: Machine) -> None:
 
 
 def _global(m: Machine) -> None:
-    module = m.line()
-    m.stack.append(m.name(module, m.line()))
+    module = m.line().decode()
+    m.stack.append(m.name(module, m.line().decode()))
 
 
 def _stack_global(m: Machine) -> None:
@@ -239,7 +239,7 @@ def _newobj_ex(m: Machine) -> None:
 
 
 def _inst(m: Machine) -> None:
-    name = m.name(m.line(), m.line())
+    name = m.name(m.line().decode(), m.line().decode())
     args = tuple(m.since_mark())
     m.stack.append(m.rules.reduce(m, name, args))
 

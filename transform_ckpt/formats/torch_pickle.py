@@ -42,6 +42,6 @@ def loads(
     except InputError:
         raise
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, struct.error) as error:
-        if at >= len(data):
+        if machine.pos >= len(data):
             raise TruncatedError(f"{where}: the pickle ends without its last opcode: {HINT}") from None
         raise InputError(f"{where}: the pickle is wrong at byte {at - pos:,} ({error!s:.200}): {HINT}") from None

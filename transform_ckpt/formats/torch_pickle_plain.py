@@ -1,8 +1,9 @@
 """Writes Python's own values as a pickle of protocol 2, byte for byte as CPython does for the same objects.
 
 What is followed: CPython 3.11 Modules/_pickle.c: order and memo of every opcode, batches of 1,000; an exact dict of a
-multiple of 1,000 items ends in an empty batch.  Strings are shared where they are the same object, as there.  Members
-of a set are written in a fixed order, not in that of a hash table.  torch_pickler adds what is torch's.
+multiple of 1,000 items ends in an empty batch.  Strings are shared where they are the same object, as there; which
+single characters CPython shares depends on how they came to be, so their memo entries may differ.  Members of a set
+are written in a fixed order, not in that of a hash table.  torch_pickler adds what is torch's.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any, TypeVar
 from transform_ckpt.errors import PlanError
 from transform_ckpt.formats.torch_values import DefaultDict, Global
 
-MAX_DEPTH = 200
+MAX_DEPTH = 100
 BATCH = 1_000
 _RENAMED = {"builtins": "__builtin__", "copyreg": "copy_reg", "io": "_io"}
-_RENAMED_NAMES = {("builtins", "range"): "xrange"}
+_RENAMED_NAMES = {("builtins", "range"): "xrange", ("builtins", "int"): "long", ("builtins", "str"): "unicode"}
+"""Names of Python 2, which protocol 2 uses (CPython Lib/_compat_pickle.py)."""
 STORAGE, CPU, LATIN1 = "storage", "cpu", "latin1"
 _INTERNED = frozenset({STORAGE, CPU, LATIN1})
 """Constants of torch and CPython: one object wherever they appear, so one memo entry."""
@@ -76,7 +78,7 @@ class PlainPickler:
         return at is not None
 
     def nested(self, value: Any, write: Callable[[], None]) -> None:
-        """Write the content of a container, unless it contains itself."""
+        """Write the content of a container; a tuple that contains itself is not written, nor what nests too deep."""
         if id(value) in self.open or self.depth >= MAX_DEPTH:
             raise PlanError(f"a torch file to be written holds a value that contains itself or nests {MAX_DEPTH} deep")
         self.open.add(id(value))

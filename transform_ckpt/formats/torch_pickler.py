@@ -41,9 +41,9 @@ class Pickler(PlainPickler):
             return
         if value.kind.name == "SimpleNamespace":
             self.reduce(id(value), value.kind.module, value.kind.name)
-            self.nested(value, lambda: self.state(value.fields))
+            self.nested(value, lambda: self.state(value.fields or None))
         else:
-            self.nested(value, lambda: self.new(id(value), value.kind, value.fields))
+            self.nested(value, lambda: self.new(id(value), value.kind, value.fields or None))
 
     def call(self, value: Call) -> None:
         """A value of a plain class."""
@@ -72,7 +72,8 @@ class Pickler(PlainPickler):
     def numpy_array(self, value: NumpyArray) -> None:
         """_reconstruct(ndarray, (0,), b"b") and the state that makes it."""
         if not self.got(id(value)):
-            self.reduce(id(value), value.module, "_reconstruct", Global("numpy", "ndarray"), (0,), b"b")
+            shape = self.keep(tuple(range(1)))  # numpy makes one each time, so none refers to another
+            self.reduce(id(value), value.module, "_reconstruct", Global("numpy", "ndarray"), shape, b"b")
             self.state(self.keep((1, value.shape, value.dtype, value.fortran, value.data)))
 
     def numpy_scalar(self, value: NumpyScalar) -> None:

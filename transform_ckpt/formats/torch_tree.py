@@ -9,7 +9,7 @@ from transform_ckpt.errors import InputError
 from transform_ckpt.formats.torch_values import Instance, Key, Namespace, StoredTensor, TensorRef
 from transform_ckpt.tensors import Extent
 
-MAX_DEPTH = 200
+MAX_DEPTH = 100
 MAX_NODES = 20_000_000
 """A pickle of some hundred bytes can refer to one list so often that walking it never ends."""
 
@@ -23,14 +23,12 @@ def tensors_of(tree: Any, extents: Mapping[str, Extent], where: str) -> Iterator
     itself, is deeper than MAX_DEPTH or larger than MAX_NODES.
     """
     keys: list[Key] = []
-    open_ids: set[int] = {id(tree)}
     if type(tree) is TensorRef:
         yield StoredTensor((), tree, extents[tree.storage.key])
-    walks: list[tuple[int, Iterator[tuple[Key, Any]]]] = [(id(tree), _children(tree))]
+    walks: list[Iterator[tuple[Key, Any]]] = [_children(tree)]
     nodes = 0
     while walks:
-        ident, children = walks[-1]
-        for key, value in children:
+        for key, value in walks[-1]:
             nodes += 1
             if nodes > MAX_NODES:
                 raise InputError(f"{where}: holds more than {MAX_NODES:,} values: not read")
@@ -39,15 +37,13 @@ def tensors_of(tree: Any, extents: Mapping[str, Extent], where: str) -> Iterator
             if type(value) is TensorRef:
                 yield StoredTensor((*keys, key), value, extents[value.storage.key])
                 continue
-            if id(value) in open_ids or len(walks) >= MAX_DEPTH:
+            if len(walks) >= MAX_DEPTH:
                 raise InputError(f"{where}: holds a value that contains itself or nests {MAX_DEPTH} deep: not read")
-            open_ids.add(id(value))
             keys.append(key)
-            walks.append((id(value), _children(value)))
+            walks.append(_children(value))
             break
         else:
             walks.pop()
-            open_ids.discard(ident)
             if keys:
                 keys.pop()
 
