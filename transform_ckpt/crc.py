@@ -1,15 +1,17 @@
-"""MindSpore's own checksums (crc_check=True) of .ckpt and safetensors files: checked on sources, written on request."""
+"""Checksums in files: MindSpore's own (crc_check=True), checked on sources and written on request; those of zip entries."""
 
 from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from transform_ckpt.errors import InputError
 from transform_ckpt.formats import ckpt, safetensors
 from transform_ckpt.formats.files import open_binary, storage_error
 from transform_ckpt.store import read_fully, write_fully
-from transform_ckpt.tensors import FileHeader, TargetFile, Tensor
+from transform_ckpt.tensors import Extent, FileHeader, TargetFile, Tensor
 
 
 def has_trailer(file: TargetFile) -> bool:
@@ -45,6 +47,57 @@ def crc32_of(fd: int, path: str, start: int, nbytes: int, crc: int = 0) -> int:
         crc = zlib.crc32(part, crc)
         at += len(part)
     return crc
+
+
+_POLYNOMIAL = 0xEDB88320
+
+
+def _multiply(a: int, b: int) -> int:
+    """Product of two polynomials modulo that of CRC-32, bits reflected (x**0 is the highest bit)."""
+    found, bit = 0, 1 << 31
+    while bit:
+        if a & bit:
+            found ^= b
+        b = b >> 1 ^ _POLYNOMIAL if b & 1 else b >> 1
+        bit >>= 1
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _shift(nbytes: int) -> int:
+    """x ** (8 * nbytes)."""
+    found, power, left = 1 << 31, 1 << 23, nbytes
+    while left:
+        if left & 1:
+            found = _multiply(found, power)
+        power = _multiply(power, power)
+        left >>= 1
+    return found
+
+
+def joined_crc32(first: int, second: int, second_nbytes: int) -> int:
+    """CRC-32 of two runs of bytes one behind the other, from those of each (as zlib's crc32_combine)."""
+    return _multiply(_shift(second_nbytes), first) ^ second
+
+
+def zeros_crc32(nbytes: int) -> int:
+    """CRC-32 of so many zero bytes."""
+    return _multiply(_shift(nbytes), 0xFFFFFFFF) ^ 0xFFFFFFFF
+
+
+def storage_crcs(storages: Mapping[str, Extent], parts: Sequence[tuple[int, int, int]]) -> dict[str, int]:
+    """CRC-32 of every storage of a file, from (file offset, nbytes, CRC-32) of its parts; what no part fills is zero."""
+    waiting = sorted(parts, reverse=True)
+    found: dict[str, int] = {}
+    for key, extent in sorted(storages.items(), key=lambda item: (item[1].offset_bytes, item[1].nbytes)):
+        crc, at, end = 0, extent.offset_bytes, extent.offset_bytes + extent.nbytes
+        while waiting and waiting[-1][0] < end:
+            offset, nbytes, part = waiting.pop()
+            if offset > at:
+                crc = joined_crc32(crc, zeros_crc32(offset - at), offset - at)
+            crc, at = joined_crc32(crc, part, nbytes), offset + nbytes
+        found[key] = joined_crc32(crc, zeros_crc32(end - at), end - at) if at < end else crc
+    return found
 
 
 def check_crc(header: FileHeader) -> None:

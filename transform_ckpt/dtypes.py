@@ -53,6 +53,14 @@ def itemsize(code: str) -> int:
     return BY_CODE[code].itemsize
 
 
+_FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+
+
+def castable(source: str, target: str) -> bool:
+    """May values of one dtype be written as the other?"""
+    return source == target or (source in _FLOATS and target in _FLOATS)
+
+
 _STRUCT_CODES = {
     "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i", "U64": "Q", "I64": "q",
     "F16": "e", "F32": "f", "F64": "d",

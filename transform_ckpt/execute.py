@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transform_ckpt import manifest, workers
-from transform_ckpt.crc import check_crc, has_trailer, write_crc
+from transform_ckpt.crc import check_crc, has_trailer, storage_crcs, write_crc
 from transform_ckpt.destination import (
     check_destination,
     check_not_inside,
@@ -23,14 +24,14 @@ from transform_ckpt.destination import (
     unused_name,
     write_small,
 )
-from transform_ckpt.digests import collect_digests, part_ranges, range_digest
-from transform_ckpt.errors import StorageError, UsageError
+from transform_ckpt.digests import DIGEST_DIGITS, collect_crcs, collect_digests, part_ranges, range_digest
+from transform_ckpt.errors import InputError, StorageError, UsageError
 from transform_ckpt.formats.files import storage_error
 from transform_ckpt.journal import Journal, record
 from transform_ckpt.kernels import BLOCK_NBYTES, Mover
-from transform_ckpt.planner import Place, Plan
+from transform_ckpt.planner import Group, Place, Plan
 from transform_ckpt.preallocate import preallocate
-from transform_ckpt.store import FileTable, PlaceWriter, TensorReader, write_fully
+from transform_ckpt.store import AllWriters, FileTable, PlaceWriter, TensorReader, WitnessWriter, Writer, write_fully
 from transform_ckpt.tensors import FileHeader
 
 SMALL_NBYTES = 8 * 1024 * 1024
@@ -63,7 +64,7 @@ class RunOptions:
     @property
     def block_nbytes(self) -> int:
         """Two buffers of this size are all that a process allocates."""
-        return min(BLOCK_NBYTES, self.memory_nbytes // 4)
+        return min(BLOCK_NBYTES, self.memory_nbytes // 4 & ~0xFF)  # no element is cut
 
 
 def run(plan: Plan, dst: str, options: RunOptions, check: Callable[[str], None] | None = None) -> Execution:
@@ -102,7 +103,11 @@ class Execution:
         try:
             self._check_still_free()
             done = self._prepare()
-            self._move([u for u in range(len(self.plan.units)) if u not in done])
+            try:
+                self._move([u for u in range(len(self.plan.units)) if u not in done])
+            except InputError:  # the source contradicts itself: nothing is worth keeping
+                shutil.rmtree(self.partial, ignore_errors=True)
+                raise
             self._finish()
             if check is not None:
                 check(self.partial)
@@ -219,7 +224,7 @@ class Execution:
     def _intact(self, table: FileTable, unit: int, digests: Sequence[str]) -> bool:
         ranges = list(part_ranges(self.plan, unit))
         return len(ranges) == len(digests) and all(
-            range_digest(table, self.paths[place.file], place.extents, at, nbytes) == digest
+            range_digest(table, self.paths[place.file], place.extents, at, nbytes) == digest[:DIGEST_DIGITS]
             for (group, write, at, nbytes), digest in zip(ranges, digests, strict=True)
             for place in self.plan.groups[group].writes[write]
         )
@@ -248,6 +253,7 @@ class Execution:
         if _stamps(self.plan) != self._stamped:
             raise StorageError(f"{self.plan.source.root}: was changed while it was read: run again with --no-resume")
         self._write_crcs()
+        self._write_seals(done)
         for small in self.plan.target.small:
             write_small(os.path.join(self.partial, small.relpath), small.data)
         digests = collect_digests(self.plan, done)
@@ -268,6 +274,21 @@ class Execution:
 
         workers.run(trailing, lambda: work, self.options.crew(total), None)
 
+    def _write_seals(self, done: Mapping[int, Sequence[str]]) -> None:
+        """What a file says of its own bytes, from the checksums of the parts; no byte is read again."""
+        parts = None
+        for number, (path, file) in enumerate(zip(self.paths, self.plan.target.files, strict=True)):
+            if file.seal is None:
+                continue
+            if parts is None:
+                parts = collect_crcs(self.plan, done)
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                for offset, data in file.seal(storage_crcs(file.storages, parts.get(number, ()))):
+                    write_fully(fd, path, offset, memoryview(data))
+            finally:
+                os.close(fd)
+
     def _commit(self) -> None:
         """DST.partial becomes DST; an old DST leaves only now, and one that was made meanwhile only if it may."""
         check_destination(self.dst, overwrite=self.options.overwrite)
@@ -283,6 +304,23 @@ class Execution:
                 self.notes.append(f"{left}: the old output, which this user may not delete")
 
 
+@dataclass(slots=True)
+class _Sum:
+    """Checksums of what one write receives: XXH3 always, CRC-32 where a file will say its own."""
+
+    hasher: Any
+    crc: int | None
+
+    def update(self, data: memoryview) -> None:
+        self.hasher.update(data)
+        if self.crc is not None:
+            self.crc = zlib.crc32(data, self.crc)
+
+    def text(self) -> str:
+        digest: str = self.hasher.hexdigest()
+        return digest if self.crc is None else f"{digest}{self.crc:08x}"
+
+
 class _UnitWorker:
     """One process's hands: open files, buffers, its journal."""
 
@@ -293,25 +331,36 @@ class _UnitWorker:
         self._reading, self._writing = FileTable(os.O_RDONLY), FileTable(os.O_RDWR)
         self._mover = Mover(block_nbytes)
         self._hasher = xxhash.xxh3_128
+        self._sealed = {number for number, file in enumerate(plan.target.files) if file.seal is not None}
 
     def do(self, unit: int, advance: Callable[[int], None]) -> None:
         """All tasks of one unit, then its line in the journal."""
         digests: list[str] = []
         for task in self._plan.units[unit]:
             group = self._plan.groups[task.group]
-            hashers = {index: self._hasher() for index in self._plan.active(task)}
+            sums = {index: self._sum(group.writes[index]) for index in self._plan.active(task)}
             readers = [TensorReader(self._reading, tensor) for tensor in group.reads]
-            writers = [PlaceWriter(self._writing, self._targets(places)) for places in group.writes]
+            writers = [self._writer(group, index) for index in range(len(group.writes))]
             self._mover.move(
                 group.component,
                 (task.start, task.stop),
                 readers,
                 writers,
-                lambda index, data, h=hashers: h[index].update(data),  # type: ignore[misc]
+                lambda index, data, s=sums: s[index].update(data),  # type: ignore[misc]
             )
-            digests.extend(hashers[index].hexdigest() for index in sorted(hashers))
+            digests.extend(sums[index].text() for index in sorted(sums))
             advance((task.stop - task.start) * (group.component.nbytes // group.component.shape[0]))
         record(self._log, unit, digests)
+
+    def _sum(self, places: Sequence[Place]) -> _Sum:
+        return _Sum(self._hasher(), 0 if any(p.file in self._sealed for p in places) else None)
+
+    def _writer(self, group: Group, index: int) -> Writer:
+        places = group.writes[index]
+        found: list[Writer] = [PlaceWriter(self._writing, self._targets(places))] if places else []
+        held = group.witnesses[index] if group.witnesses else ()
+        found += [WitnessWriter(self._reading, tensor, group.name) for tensor in held]
+        return found[0] if len(found) == 1 else AllWriters(found)
 
     def close(self) -> None:
         """Close every file; only a worker in the caller's own process needs it."""

@@ -3,17 +3,18 @@
 A block (`block_nbytes`, small enough for the L2 cache) holds some rows of the logical component.  A source or target
 that spans whole rows is read or written straight from it; one that is cut along inner axes passes through a second
 small buffer, run by run where runs are long (no NumPy, whose import costs more than many conversions), else by NumPy.
-So a source byte is read once, a target byte is written once, in order, and digested while in cache.
+So a source byte is read once, a target byte is written once, in order, and digested (and cast) while in cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from typing import Any
 
+from transform_ckpt.casts import cast
 from transform_ckpt.planner import Component, Side
 from transform_ckpt.store import Reader, Writer
 from transform_ckpt.views import Shape, row_major
@@ -41,11 +42,16 @@ class _Active:
     start: Shape
     size: Shape
     strides: Shape
+    side: Side
 
     def row(self, row: int) -> _Active:
         """The side with axis 0 fixed at component row `row`."""
-        offset = self.offset + (row - self.start[0]) * self.strides[0]
-        return _Active(self.index, self.call, offset, self.start[1:], self.size[1:], self.strides[1:])
+        return replace(self, offset=self.at(row), start=self.start[1:], size=self.size[1:], strides=self.strides[1:])
+
+    def at(self, row: int) -> int:
+        """Byte of the stored tensor where component row `row` begins."""
+        rows = row - self.start[0]
+        return self.offset + (self.side.stored_nbytes(rows) if len(self.start) == 1 else rows * self.strides[0])
 
     def spans(self, low: int, high: int) -> bool:
         return self.start[0] <= low and high <= self.start[0] + self.size[0]
@@ -112,9 +118,13 @@ class Mover:
             self._gather(block, (count, *inner), side, row)
         for side in targets:
             data = self._scattered(block, (count, *inner), side, row)
+            size = (count, *side.size[1:])
+            if side.side.cast is not None:
+                data = cast(data, *side.side.cast)
+                size = (*size[:-1], side.side.stored_nbytes(size[-1]))
             if observe is not None:
                 observe(side.index, data)
-            _transfer(side, row, data, (count, *side.size[1:]))
+            _transfer(side, row, data, size)
 
     def _gather(self, block: memoryview, shape: Shape, side: _Active, row: int) -> None:
         size = (shape[0], *side.size[1:])
@@ -160,7 +170,7 @@ class Mover:
 
 
 def _active(index: int, side: Side, call: Transfer) -> _Active:
-    return _Active(index, call, side.view.offset, side.box.start, side.box.size, side.view.strides)
+    return _Active(index, call, side.view.offset, side.box.start, side.box.size, side.view.strides, side)
 
 
 def _segments(low: int, high: int, sides: Sequence[_Active]) -> list[tuple[int, int]]:
@@ -191,7 +201,7 @@ def _dense(size: Shape, strides: Shape) -> bool:
 
 def _transfer(side: _Active, row: int, data: memoryview, size: Shape) -> None:
     """`size` bytes of a side from component row `row` on, read into or written from dense `data`."""
-    _each_run(side.call, side.offset + (row - side.start[0]) * side.strides[0], size, side.strides, data)
+    _each_run(side.call, side.at(row), size, side.strides, data)
 
 
 def _each_run(call: Transfer, offset: int, size: Shape, strides: Shape, data: memoryview) -> None:

@@ -46,7 +46,7 @@ def plan_fingerprint(plan: Plan) -> str:
     inline = [q.tensor.inline for p in plan.source.states.values() for q in p.pieces]
     chunks = [repr((source_files(plan), layout, inline, version.VERSION)).encode()]
     for file in plan.target.files:
-        boxes = [(name, box.start, box.size) for name, box in file.boxes.items()]
+        boxes = [(name, file.logical.get(name), box.start, box.size) for name, box in file.boxes.items()]
         chunks.append(repr((file.relpath, file.skeleton.nbytes, boxes)).encode())
         chunks.extend(data for _, data in file.skeleton.chunks)
     for small in plan.target.small:

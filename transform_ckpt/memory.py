@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from transform_ckpt import dtypes, planner
+from transform_ckpt.casts import numpy_type
 from transform_ckpt.kernels import Mover
 from transform_ckpt.planner import Plan
 from transform_ckpt.store import FileTable, MemoryWriter, TensorReader
@@ -51,11 +52,4 @@ def array_of(dtype: str, shape: tuple[int, ...], data: bytearray) -> np.ndarray[
     """A NumPy array over the bytes; bfloat16 and float8 through ml_dtypes."""
     import numpy as np
 
-    name = dtypes.BY_CODE[dtype].numpy
-    if name.startswith(("bfloat", "float8")):
-        import ml_dtypes
-
-        kind = np.dtype(getattr(ml_dtypes, name))
-    else:
-        kind = np.dtype(name)
-    return np.frombuffer(data, dtype=kind).reshape(shape)
+    return np.frombuffer(data, dtype=numpy_type(dtype)).reshape(shape)

@@ -28,11 +28,19 @@ manifests must not depend on the machine."""
 class Side:
     """One stored tensor's part in a component: `box` of the component, and where it lies in the stored tensor.
 
-    All in bytes: the innermost axis is bytes, `view` strides and offset are bytes of the stored tensor.
+    All in bytes: the innermost axis is bytes, `view` strides and offset are bytes of the stored tensor.  With a `cast`
+    (source dtype, target dtype) the box is still in bytes of the source, the view in bytes of the target.
     """
 
     box: Box
     view: View
+    cast: tuple[str, str] | None = None
+
+    def stored_nbytes(self, nbytes: int) -> int:
+        """Bytes of the stored tensor for some bytes of the component."""
+        if self.cast is None:
+            return nbytes
+        return nbytes // dtypes.itemsize(self.cast[0]) * dtypes.itemsize(self.cast[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +68,16 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One component of one parameter: `reads[i]` fills side i, each of `writes[j]` receives side j."""
+    """One component of one parameter: `reads[i]` fills side i, each of `writes[j]` receives side j.
+
+    `witnesses[j]` are stored tensors of the source that must equal what side j receives.
+    """
 
     name: str
     component: Component
     reads: tuple[Tensor, ...]
     writes: tuple[tuple[Place, ...], ...]
+    witnesses: tuple[tuple[Tensor, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +102,9 @@ class Plan:
 
     @cached_property
     def read_nbytes(self) -> int:
-        """Bytes read from the source: every source byte once."""
-        return sum(side.view.numel for g in self.groups for side in g.component.reads)
+        """Bytes read from the source: every source byte once, those that are compared beside them."""
+        read = sum(side.view.numel for g in self.groups for side in g.component.reads)
+        return read + sum(t.nbytes for g in self.groups for tensors in g.witnesses for t in tensors)
 
     @cached_property
     def write_nbytes(self) -> int:
@@ -107,23 +120,27 @@ class Plan:
 
 
 def build(source: Source, target: Target) -> Plan:
-    """The plan; PlanError when an element of a target would be written never or twice."""
-    wanted = _wanted(target)
+    """The plan; PlanError when an element of a target would be written never or twice, or a cast is none."""
     logical = {**source.states, **source.params}
-    patterns: dict[tuple[Shape, int, tuple[Box, ...], tuple[Box, ...]], tuple[_Part, ...]] = {}
+    wanted = _wanted(target)
+    patterns: dict[tuple[Shape, str, int, tuple[Box, ...], tuple[_Wish, ...]], tuple[_Part, ...]] = {}
     problems = Problems()
     incomplete: dict[str, list[tuple[str, str]]] = {}
     groups: list[Group] = []
     replicas = 0
-    for name, places in wanted.items():
+    for name, receivers in wanted.items():
         parameter = logical[name]
         holders: dict[Box, Piece] = {}
         for piece in parameter.pieces:
             if piece.box in holders:
                 replicas += piece.tensor.nbytes
             holders.setdefault(piece.box, piece)
-        sources, targets = tuple(holders), tuple(places)
-        key = (parameter.shape, _element_nbytes(parameter), sources, targets)
+        sources, wishes = tuple(holders), tuple(receivers)
+        impossible = {dtype for _, dtype in wishes if not dtypes.castable(parameter.dtype, dtype)}
+        if impossible:
+            problems.add(f"{name!r} is {parameter.dtype} and cannot become {', '.join(sorted(impossible))}")
+            continue
+        key = (parameter.shape, parameter.dtype, _element_nbytes(parameter), sources, wishes)
         if key not in patterns:
             patterns[key] = _pattern(*key)
         fault = next((part.fault for part in patterns[key] if part.fault), None)
@@ -131,17 +148,19 @@ def build(source: Source, target: Target) -> Plan:
             ranks = rank_ranges({piece.rank for piece in parameter.pieces})
             incomplete.setdefault(ranks, []).append((name, fault))
             continue
-        groups.extend(
-            Group(
-                name,
-                part.component,
-                tuple(holders[sources[i]].tensor for i in part.reads),
-                tuple(tuple(places[targets[i]]) for i in part.writes),
+        for part in patterns[key]:
+            found = [receivers[wishes[i]] for i in part.writes]
+            groups.append(
+                Group(
+                    name,
+                    part.component,
+                    tuple(holders[sources[i]].tensor for i in part.reads),
+                    tuple(tuple(r.places) for r in found),
+                    tuple(tuple(r.witnesses) for r in found) if any(r.witnesses for r in found) else (),
+                )
             )
-            for part in patterns[key]
-        )
-    for ranks, found in incomplete.items():
-        problems.add(_describe_incomplete(ranks, found))
+    for ranks, faults in incomplete.items():
+        problems.add(_describe_incomplete(ranks, faults))
     if problems.messages:
         problems.messages[:0] = source.notes  # they name the directories that are absent or empty
     problems.raise_if_any(PlanError)
@@ -156,14 +175,31 @@ def _element_nbytes(parameter: Logical) -> int:
     return dtypes.itemsize(parameter.dtype)
 
 
-def _wanted(target: Target) -> dict[str, dict[Box, list[Place]]]:
-    """Logical name -> target box -> the places that receive it (replicas receive the same bytes)."""
-    found: dict[str, dict[Box, list[Place]]] = {}
+_Wish = tuple[Box, str]
+"""A box of a logical tensor in some dtype."""
+
+
+@dataclass(slots=True)
+class _Receivers:
+    """Who wants one box: places that receive it (replicas receive the same bytes), and who is compared with it."""
+
+    places: list[Place] = field(default_factory=list)
+    witnesses: list[Tensor] = field(default_factory=list)
+
+
+def _wanted(target: Target) -> dict[str, dict[_Wish, _Receivers]]:
+    """Logical name -> what is wanted of it."""
+    found: dict[str, dict[_Wish, _Receivers]] = {}
     for number, file in enumerate(target.files):
         for spec in file.specs:
             name = file.logical.get(spec.name, spec.name)
             place = Place(number, spec.name, file.skeleton.places[spec.name])
-            found.setdefault(name, {}).setdefault(file.boxes[spec.name], []).append(place)
+            wish = (file.boxes[spec.name], spec.dtype)
+            found.setdefault(name, {}).setdefault(wish, _Receivers()).places.append(place)
+    for witness in target.witnesses:
+        wishes = found.get(witness.name)
+        if wishes is not None:
+            wishes.setdefault((witness.box, witness.tensor.dtype), _Receivers()).witnesses.append(witness.tensor)
     return found
 
 
@@ -186,21 +222,25 @@ class _Part:
     fault: str | None = None
 
 
-def _pattern(shape: Shape, width: int, sources: Sequence[Box], targets: Sequence[Box]) -> tuple[_Part, ...]:
+def _pattern(
+    shape: Shape, dtype: str, width: int, sources: Sequence[Box], wishes: Sequence[_Wish]
+) -> tuple[_Part, ...]:
     """Cut a logical tensor into connected components and prove each one complete, as wanted and as it will be moved.
 
-    `shape` in elements of `width` bytes, `sources` and `targets` as distinct boxes of it.
+    `shape` in elements of `width` bytes, `sources` as distinct boxes of it.
     """
     if whole(shape).numel == 0:
         return ()
+    targets = [box for box, _ in wishes]
+    casts = [None if wish == dtype else (dtype, wish) for _, wish in wishes]
     pieces = _first_holder(sources)
     parts: list[_Part] = []
     for reads, writes in _components(pieces, targets):
         used = [targets[i] for i in writes]
         boxes = [_wanted_part(pieces[i][1], used) for i in reads]
         component = _normalise(
-            [(box, sources[pieces[i][0]]) for box, i in zip(boxes, reads, strict=True)],
-            [(box, box) for box in used],
+            [(box, sources[pieces[i][0]], None) for box, i in zip(boxes, reads, strict=True)],
+            [(targets[i], targets[i], casts[i]) for i in writes],
             width,
         )
         fault = _prove(boxes, used) or _prove_component(component)
@@ -293,9 +333,13 @@ def _describe(box: Box) -> str:
     return "[" + ", ".join(f"{s}:{e}" for s, e in zip(box.start, box.stop(), strict=True)) + "]"
 
 
-def _normalise(reads: Sequence[tuple[Box, Box]], writes: Sequence[tuple[Box, Box]], width: int) -> Component:
-    """(box, holder) pairs -> a Component: origin moved, axes that nobody cuts merged, elements as bytes."""
-    both = [*reads, *writes]
+_Held = tuple[Box, Box, tuple[str, str] | None]
+"""Box, holder, cast."""
+
+
+def _normalise(reads: Sequence[_Held], writes: Sequence[_Held], width: int) -> Component:
+    """A Component of boxes in their holders: origin moved, axes that nobody cuts merged, elements as bytes."""
+    both = [(box, holder) for box, holder, _ in (*reads, *writes)]
     ndim = len(both[0][0].start)
     low = [min(b.start[d] for b, _ in both) for d in range(ndim)]
     high = [max(b.start[d] + b.size[d] for b, _ in both) for d in range(ndim)]
@@ -319,8 +363,9 @@ def _normalise(reads: Sequence[tuple[Box, Box]], writes: Sequence[tuple[Box, Box
     shape = [extent(members) for members in axes] or [1]
     shape[-1] *= width
 
-    def side(box: Box, holder: Box) -> Side:
+    def side(box: Box, holder: Box, cast: tuple[str, str] | None) -> Side:
         view = box.view_in(holder)
+        stored = dtypes.itemsize(cast[1]) if cast else width
         start: list[int] = []
         size: list[int] = []
         strides: list[int] = []
@@ -328,13 +373,14 @@ def _normalise(reads: Sequence[tuple[Box, Box]], writes: Sequence[tuple[Box, Box
             rest = extent(members[1:])
             start.append((box.start[members[0]] - low[members[0]]) * rest)
             size.append(box.size[members[0]] * rest)
-            strides.append(view.strides[members[-1]] * width)
+            strides.append(view.strides[members[-1]] * stored)
         if not axes:
-            return Side(Box((0,), (width,)), View(0, (width,), (1,)))
+            return Side(Box((0,), (width,)), View(0, (stored,), (1,)), cast)
+        inner = (*size[:-1], size[-1] * stored)
         start[-1] *= width
         size[-1] *= width
         strides[-1] = 1
-        return Side(Box(tuple(start), tuple(size)), View(view.offset * width, tuple(size), tuple(strides)))
+        return Side(Box(tuple(start), tuple(size)), View(view.offset * stored, inner, tuple(strides)), cast)
 
     return Component(tuple(shape), tuple(side(*r) for r in reads), tuple(side(*w) for w in writes))
 

@@ -11,7 +11,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
-from transform_ckpt.errors import StorageError
+from transform_ckpt import dtypes
+from transform_ckpt.casts import first_difference
+from transform_ckpt.errors import InputError, StorageError
 from transform_ckpt.formats.files import storage_error
 from transform_ckpt.tensors import Extent, Tensor
 
@@ -93,6 +95,39 @@ class PlaceWriter:
             fd = self._table.fd(path)
             for at, part in pieces_of(extents, offset, data):
                 write_fully(fd, path, at, part)
+
+
+class WitnessWriter:
+    """Writes nothing: what would be written must be what a stored tensor of the source holds already."""
+
+    def __init__(self, table: FileTable, tensor: Tensor, name: str) -> None:
+        self._reader, self._tensor, self._name = TensorReader(table, tensor), tensor, name
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """InputError naming the tensor and its first element that differs; NaNs are equal."""
+        held = memoryview(bytearray(len(data)))
+        self._reader.read_into(offset, held)
+        at = first_difference(held, data, self._tensor.dtype)
+        if at is not None:
+            width = dtypes.itemsize(self._tensor.dtype)
+            shown = [part[at * width : (at + 1) * width].hex() for part in (data, held)]
+            raise InputError(
+                f"{self._name!r} as {self._tensor.dtype} is not {self._tensor.name!r} of {self._tensor.path}: element "
+                f"{offset // width + at:,} is {shown[0]} and {shown[1]} there: the two are not of one step, or the "
+                "bytes were found by the description of another run"
+            )
+
+
+class AllWriters:
+    """Several writers of the same bytes as one."""
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self._writers = writers
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """To each of them."""
+        for writer in self._writers:
+            writer.write(offset, data)
 
 
 class MemoryWriter:

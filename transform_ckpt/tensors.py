@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Protocol
 
 from transform_ckpt import dtypes
 from transform_ckpt.views import Box, Shape
@@ -82,6 +83,8 @@ class FileHeader:
     metadata: Mapping[str, str] = field(default_factory=dict)
     crc32: int | None = None
     crc_nbytes: int = 0
+    late: tuple[Extent, ...] = ()
+    """Bytes beside the tensors' that are known only when these are: checksums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +136,19 @@ class Source:
         return (self.root, *(header.path for header in self.headers))
 
 
+class Seal(Protocol):
+    """What can be written into a file only when all its tensors are there."""
+
+    def __call__(self, crcs: Mapping[str, int]) -> tuple[tuple[int, bytes], ...]:
+        """(offset, bytes) to be written over the skeleton, from the CRC-32 of every storage by its key."""
+
+
 @dataclass(frozen=True, slots=True)
 class TargetFile:
     """One tensor file to be written: its path below the destination, its skeleton, and which box each tensor is.
 
-    `header_format` names the module that reads it back ("ckpt" or "safetensors").
+    `header_format` names the module that reads it back ("ckpt", "safetensors" or "torch").  A stored tensor that holds
+    several boxes one behind the other is given as its parts, named by `part_name`; bytes of no part stay zero.
     """
 
     relpath: str
@@ -147,6 +158,26 @@ class TargetFile:
     boxes: Mapping[str, Box]
     logical: Mapping[str, str] = field(default_factory=dict)
     """Stored name -> logical name, where they differ."""
+    storages: Mapping[str, Extent] = field(default_factory=dict)
+    """Of a file with a seal: where each storage lies, by its key; every part lies in one of them."""
+    seal: Seal | None = None
+
+
+def part_name(name: str, start: int, stop: int) -> str:
+    """Bytes `start` to `stop` of a stored tensor, as a name of their own."""
+    return f"{name}[{start}:{stop}]"
+
+
+def part_of(extents: tuple[Extent, ...], start: int, nbytes: int) -> tuple[Extent, ...]:
+    """Some bytes of a stored tensor that lies in `extents`."""
+    found: list[Extent] = []
+    for extent in extents:
+        take = min(extent.nbytes - start, nbytes)
+        if start < extent.nbytes and take > 0:
+            found.append(Extent(extent.offset_bytes + start, take))
+            nbytes -= take
+        start = max(0, start - extent.nbytes)
+    return tuple(found) or extents[:1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +186,15 @@ class SmallFile:
 
     relpath: str
     data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """A stored tensor of the source that must equal `box` of the logical tensor `name`, cast to its own dtype."""
+
+    name: str
+    box: Box
+    tensor: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +207,5 @@ class Target:
     dropped: tuple[str, ...] = ()
     """Names of source tensors that the user asked to leave out."""
     notes: tuple[str, ...] = ()
+    witnesses: tuple[Witness, ...] = ()
+    """Compared with what is written, while it is; only those of tensors that are wanted count."""

@@ -6,17 +6,20 @@ May import planner, store, manifest, formats.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transform_ckpt import manifest
 from transform_ckpt.digests import range_digest
 from transform_ckpt.errors import InputError, TransformError
-from transform_ckpt.formats import READERS, container_of, read_header
+from transform_ckpt.formats import FORMATS, TORCH, format_of, read_header
 from transform_ckpt.formats.files import open_binary, storage_error, xxh3
 from transform_ckpt.store import FileTable
-from transform_ckpt.tensors import FileHeader, Source
+from transform_ckpt.tensors import Extent, FileHeader, Source, Tensor, part_of
 
+_PART = re.compile(r"(.+)\[(\d{1,19}):(\d{1,19})\]", re.DOTALL | re.ASCII)
 STRATEGY_DIRECTORY = "strategy"
 """Of a destination whose strategy was generated: its files end in .ckpt and hold no tensors."""
 
@@ -58,7 +61,7 @@ def check_source(source: Source, *, full: bool) -> None:
         for header in source.headers:
             relpath = os.path.relpath(header.path, source.root)
             entry = found["files"].get(relpath)
-            if entry is not None and header.format in READERS:
+            if entry is not None and header.format in FORMATS:
                 faults += _check_header(header, relpath, entry)
                 faults += _check_tensors(table, header, relpath, entry["tensors"]) if full else []
     finally:
@@ -72,7 +75,7 @@ def check_source(source: Source, *, full: bool) -> None:
 
 def _tensor_files(root: str) -> list[str]:
     names = (os.path.relpath(os.path.join(d, n), root) for d, _, files in os.walk(root) for n in files)
-    return sorted(n for n in names if container_of(n) and not n.startswith(STRATEGY_DIRECTORY + os.sep))
+    return sorted(n for n in names if format_of(n) and not n.startswith(STRATEGY_DIRECTORY + os.sep))
 
 
 def _check_file(table: FileTable, path: str, relpath: str, entry: Mapping[str, Any]) -> list[str]:
@@ -103,13 +106,17 @@ def _check_size(relpath: str, nbytes: int, entry: Mapping[str, Any]) -> list[str
 
 def _check_tensors(table: FileTable, header: FileHeader, relpath: str, wanted: Mapping[str, str]) -> list[str]:
     faults: list[str] = []
-    stored = {name for name, tensor in header.tensors.items() if tensor.inline is None}
-    faults += [f"{relpath}: {name!r} is missing" for name in sorted(wanted.keys() - stored)]
-    faults += [f"{relpath}: {name!r} was added" for name in sorted(stored - wanted.keys())]
-    for name in sorted(wanted.keys() & stored):
-        at, tensor = 0, header.tensors[name]
-        for part in filter(None, wanted[name].split(",")):
-            size, digest = part.split(":")
+    stored = {name: tensor for name, tensor in header.tensors.items() if tensor.inline is None}
+    parts = {name: part for name in wanted if (part := _part(stored, name)) is not None}
+    whole = {name.rpartition("[")[0] if name not in stored else name for name in parts}
+    if header.format == TORCH:
+        whole.update(stored)  # its header says which storages there are; padding is nobody's part
+    faults += [f"{relpath}: {name!r} is missing" for name in sorted(wanted.keys() - parts.keys())]
+    faults += [f"{relpath}: {name!r} was added" for name in sorted(stored.keys() - whole)]
+    for name in sorted(parts):
+        at, tensor = 0, parts[name]
+        for text in filter(None, wanted[name].split(",")):
+            size, digest = text.split(":")
             start, at = at, at + int(size)
             if at > tensor.nbytes or range_digest(table, header.path, tensor.extents, start, int(size)) != digest:
                 faults.append(f"{relpath}: the bytes of {name!r} are not what was written: the file is damaged")
@@ -122,6 +129,19 @@ def _check_tensors(table: FileTable, header: FileHeader, relpath: str, wanted: M
     return faults
 
 
+def _part(stored: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """A stored tensor by its name, or the part of one that `tensors.part_name` names."""
+    if name in stored:
+        return stored[name]
+    match = _PART.fullmatch(name)
+    if match is None or match[1] not in stored:
+        return None
+    tensor, start, stop = stored[match[1]], int(match[2]), int(match[3])
+    if not start <= stop <= tensor.nbytes:
+        return None
+    return replace(tensor, name=name, extents=part_of(tensor.extents, start, stop - start))
+
+
 def header_bytes_digest(header: FileHeader) -> str:
     """Digest of every byte of a file that is no tensor's, in order (as `manifest.skeleton_digest`)."""
     extents = sorted((e for t in header.tensors.values() for e in t.extents if e.nbytes), key=lambda e: e.offset_bytes)
@@ -130,11 +150,19 @@ def header_bytes_digest(header: FileHeader) -> str:
         at = 0
         for offset, end in [*((e.offset_bytes, e.offset_bytes + e.nbytes) for e in extents), (nbytes, nbytes)]:
             if offset > at:
-                chunks.append(os.pread(fd, offset - at, at))
+                chunks.append(_without(os.pread(fd, offset - at, at), at, header.late))
             at = end
-    if header.format == "ckpt" and header.crc32 is not None and chunks:
-        chunks[-1] = chunks[-1][:-10] + bytes(10)  # the crc is known only after the file was filled
     return xxh3(*chunks)
+
+
+def _without(data: bytes, at: int, late: Sequence[Extent]) -> bytes:
+    """Bytes from offset `at` on, with zeros for what was known only after the file was filled."""
+    found = bytearray(data)
+    for extent in late:
+        low, high = max(extent.offset_bytes, at), min(extent.offset_bytes + extent.nbytes, at + len(data))
+        if low < high:
+            found[low - at : high - at] = bytes(high - low)
+    return bytes(found)
 
 
 def _check_small(path: str, relpath: str, entry: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ from tests.formats.conformance import QUICK, ContainerConformance, content_of, s
 from tests.formats.torch_support import Inert, assert_read, element_bytes, read_elements
 from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError, PlanError
-from transform_ckpt.formats import torch_legacy, torch_zip
+from transform_ckpt.formats import TORCH, TORCH_SUFFIX, torch_legacy, torch_zip
 from transform_ckpt.formats.torch_values import BY_CODE, BY_NAME, Global, Instance, TensorRef, new_tensor
 from transform_ckpt.formats.torch_zip_write import root_of, skeleton
 from transform_ckpt.tensors import Extent, FileHeader, Skeleton, Tensor, TensorSpec
@@ -77,7 +77,7 @@ def read_header(path: str) -> FileHeader:
             extent = Extent(stored.extent.offset_bytes + ref.offset * ref.itemsize, ref.nbytes)
             name = name.encode(errors="replace").decode()
             tensors[name] = Tensor(name, ref.dtype, ref.shape, path, (extent,))
-    return FileHeader(path, torch_zip.FORMAT, file.nbytes, tensors, file.digest)
+    return FileHeader(path, TORCH, file.nbytes, tensors, file.digest)
 
 
 def flat_skeleton(specs: Sequence[TensorSpec]) -> Skeleton:
@@ -87,9 +87,7 @@ def flat_skeleton(specs: Sequence[TensorSpec]) -> Skeleton:
 class TestTorch(ContainerConformance):
     """The rules that all containers share."""
 
-    module = SimpleNamespace(
-        FORMAT=torch_zip.FORMAT, SUFFIX=torch_zip.SUFFIX, read_header=read_header, skeleton=flat_skeleton
-    )
+    module = SimpleNamespace(FORMAT=TORCH, SUFFIX=TORCH_SUFFIX, read_header=read_header, skeleton=flat_skeleton)
     codes = CODES
 
     def test_every_dtype(self, path: Path) -> None:

@@ -5,23 +5,35 @@ A container module has FORMAT, SUFFIX, read_header(path) -> FileHeader and skele
 
 from __future__ import annotations
 
+from transform_ckpt.errors import InputError
 from transform_ckpt.formats import ckpt, safetensors
 from transform_ckpt.tensors import FileHeader
 
 SUFFIXES = {ckpt.SUFFIX: ckpt.FORMAT, safetensors.SUFFIX: safetensors.FORMAT}
-READERS = {ckpt.FORMAT: ckpt.read_header, safetensors.FORMAT: safetensors.read_header}
+"""Of what MindSpore reads as a checkpoint."""
+TORCH_SUFFIX, TORCH = ".pt", "torch"
+FORMATS = frozenset((*SUFFIXES.values(), TORCH))
 
 
 def container_of(path: str) -> str | None:
-    """Container format by file name suffix, or None."""
+    """MindSpore container by file name suffix, or None."""
     return next((code for suffix, code in SUFFIXES.items() if path.endswith(suffix)), None)
+
+
+def format_of(path: str) -> str | None:
+    """Format of a file that holds tensors, of whatever framework, by its name; or None."""
+    return TORCH if path.endswith(TORCH_SUFFIX) else container_of(path)
 
 
 def read_header(path: str) -> FileHeader:
     """Header of one tensor file, whatever its container."""
-    code = container_of(path)
-    if code is None:
-        from transform_ckpt.errors import InputError
+    code = format_of(path)
+    if code == ckpt.FORMAT:
+        return ckpt.read_header(path)
+    if code == safetensors.FORMAT:
+        return safetensors.read_header(path)
+    if code == TORCH:
+        from transform_ckpt.formats import torch_zip  # not needed, and not loaded, where there is none
 
-        raise InputError(f"{path}: the name ends neither in {' nor in '.join(SUFFIXES)}: cannot tell its format")
-    return READERS[code](path)
+        return torch_zip.read_header(path)
+    raise InputError(f"{path}: the name ends neither in {' nor in '.join(SUFFIXES)}: cannot tell its format")

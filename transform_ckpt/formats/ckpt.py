@@ -25,7 +25,8 @@ FORMAT = "ckpt"
 SUFFIX = ".ckpt"
 SLICE_NBYTES = 512 * 1024 * 1024
 CRC_MARK = b"crc_num"
-CRC_NBYTES = len(CRC_MARK) + 10
+CRC_VALUE_NBYTES = 10
+CRC_NBYTES = len(CRC_MARK) + CRC_VALUE_NBYTES
 _ENCRYPTION_MAGIC = {
     bytes.fromhex("d85e3a7f"): "AES-GCM",
     bytes.fromhex("d95e3a7f"): "AES-CBC",
@@ -192,7 +193,8 @@ def read_header(path: str) -> FileHeader:
     tensors = _join(path, values)
     listing = repr([(t.name, t.dtype, t.shape, t.extents) for t in tensors.values()]).encode()
     crc_nbytes = nbytes - CRC_NBYTES if crc is not None else 0
-    return FileHeader(path, FORMAT, nbytes, tensors, xxh3(listing), {}, crc, crc_nbytes)
+    late = (Extent(nbytes - CRC_VALUE_NBYTES, CRC_VALUE_NBYTES),) if crc is not None else ()
+    return FileHeader(path, FORMAT, nbytes, tensors, xxh3(listing), {}, crc, crc_nbytes, late)
 
 
 def _join(path: str, values: Sequence[_Value]) -> dict[str, Tensor]:
@@ -281,6 +283,6 @@ def skeleton(specs: Sequence[TensorSpec], *, crc: bool = False) -> Skeleton:
             left -= count
         places[spec.name] = tuple(extents)
     if crc:
-        chunks.append((position, CRC_MARK + bytes(10)))
+        chunks.append((position, CRC_MARK + bytes(CRC_VALUE_NBYTES)))
         position += CRC_NBYTES
     return Skeleton(position, tuple(chunks), places)

@@ -24,16 +24,21 @@ _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _DESCRIPTOR_FOLLOWS = 0x8
+_CRC_IN_CENTRAL = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One stored file: name as in the directory, CRC-32, where its local header starts and where its bytes lie."""
+    """One stored file: name as in the directory, CRC-32, where its local header starts and where its bytes lie.
+
+    `crcs` are the offsets in the file where its CRC-32 stands beside the local header.
+    """
 
     name: str
     crc32: int
     header: int
     extent: Extent
+    crcs: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +61,12 @@ def read_archive(fd: int, path: str, nbytes: int) -> Archive:
     found = _parse_directory(raw, count, start, path)
     entries: dict[str, Entry] = {}
     locals_: list[bytes] = []
-    for name, flags, crc, length, header in found:
+    for name, flags, crc, length, header, at in found:
         head, data = _check_local(fd, name, flags, crc, length, header, start, path)
         if name in entries:
             raise damaged(path, f"holds {name!r:.200} twice")
-        entries[name] = Entry(name, crc, header, Extent(data, length))
+        descriptor = (data + length + 4,) if flags & _DESCRIPTOR_FOLLOWS else ()
+        entries[name] = Entry(name, crc, header, Extent(data, length), (*descriptor, start + at))
         locals_.append(head)
     _check_overlap(entries, path)
     return Archive(entries, (*locals_, raw, ending))
@@ -94,8 +100,8 @@ def _find_directory(fd: int, nbytes: int, path: str) -> tuple[int, int, int, byt
     return start, size, count, tail[-ending_nbytes:]
 
 
-def _parse_directory(raw: bytes, count: int, limit: int, path: str) -> list[tuple[str, int, int, int, int]]:
-    """Name, flags, CRC, size, offset of the local header, per entry."""
+def _parse_directory(raw: bytes, count: int, limit: int, path: str) -> list[tuple[str, int, int, int, int, int]]:
+    """Name, flags, CRC, size, offset of the local header, where the CRC stands in `raw`, per entry."""
     found, at = [], 0
     for _ in range(count):
         if at + _CENTRAL.size > len(raw):
@@ -107,6 +113,7 @@ def _parse_directory(raw: bytes, count: int, limit: int, path: str) -> list[tupl
         name_end = at + _CENTRAL.size + name_nbytes
         extra = raw[name_end : name_end + extra_nbytes]
         name = raw[at + _CENTRAL.size : name_end]
+        crc_at = at + _CRC_IN_CENTRAL
         at = name_end + extra_nbytes + comment
         if sign != b"PK\1\2" or at > len(raw) or disk:
             raise damaged(path, "its directory is no list of entries")
@@ -123,7 +130,7 @@ def _parse_directory(raw: bytes, count: int, limit: int, path: str) -> list[tupl
             raise damaged(
                 path, f"{text!r:.200} has {size:,} bytes at byte {header:,}, behind the directory at {limit:,}"
             )
-        found.append((text, flags, crc, size, header))
+        found.append((text, flags, crc, size, header, crc_at))
     if at != len(raw):
         raise damaged(path, f"its directory has {len(raw) - at:,} bytes behind its last entry")
     return found

@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from transform_ckpt.errors import InputError
-from transform_ckpt.formats import torch_legacy
+from transform_ckpt.formats import TORCH, torch_legacy
 from transform_ckpt.formats.files import open_binary, xxh3
 from transform_ckpt.formats.torch_archive import Archive, Entry, damaged, read_archive
 from transform_ckpt.formats.torch_pickle import MAX_NBYTES, loads
 from transform_ckpt.formats.torch_storages import Storages
 from transform_ckpt.formats.torch_tree import tensors_of
 from transform_ckpt.formats.torch_values import StoredTensor
-from transform_ckpt.tensors import Extent
+from transform_ckpt.tensors import Extent, FileHeader, Tensor
 
-FORMAT = "torch"
-SUFFIX = ".pt"
 _KEY = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _MAX_WORD_NBYTES = 16
 
@@ -42,6 +40,8 @@ class TorchFile:
     extents: dict[str, Extent]
     digest: str
     root: str = ""
+    late: tuple[Extent, ...] = ()
+    """Checksums of the archive: of entries and of all."""
 
     def tensors(self) -> Iterator[StoredTensor]:
         """Every tensor of the tree with its keys; see torch_tree."""
@@ -68,7 +68,24 @@ def read(path: str) -> TorchFile:
     if end != len(pickle):
         raise damaged(path, f"its pickle goes on {len(pickle) - end:,} bytes behind its end")
     extents = {key: _extent(path, archive, root, key, storage.nbytes) for key, storage in storages.found.items()}
-    return TorchFile(path, nbytes, tree, extents, xxh3(*archive.raw, pickle), root)
+    return TorchFile(path, nbytes, tree, extents, xxh3(*archive.raw, pickle), root, tuple(_late(archive, root)))
+
+
+def read_header(path: str) -> FileHeader:
+    """The storages of a file as tensors of bytes, named as the archive names them: `data/0`."""
+    found = read(path)
+    tensors = {
+        f"data/{key}": Tensor(f"data/{key}", "U8", (extent.nbytes,), path, (extent,))
+        for key, extent in found.extents.items()
+    }
+    return FileHeader(path, TORCH, found.nbytes, tensors, found.digest, late=found.late)
+
+
+def _late(archive: Archive, root: str) -> Iterator[Extent]:
+    yield from (Extent(at, 4) for entry in archive.entries.values() for at in entry.crcs)
+    identity = archive.entries.get(f"{root}/.data/serialization_id")
+    if identity is not None:
+        yield identity.extent
 
 
 def _content(fd: int, path: str, entry: Entry, limit: int) -> bytes:

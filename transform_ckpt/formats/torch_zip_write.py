@@ -96,7 +96,7 @@ def skeleton(tree: Any, *, root: str = "archive") -> TorchSkeleton:
         *(_content("data.pkl", pickle), _content(".format_version", b"1"), _content(".storage_alignment", b"64")),
         _content("byteorder", b"little"),
         *(_Record(f"data/{n}", storage.nbytes, None, storage.key) for n, storage in enumerate(pickler.storages)),
-        *(_content("version", b"3\n"), _content(_ID, b"0" * _ID_NBYTES)),
+        *(_content("version", b"3\n"), _content(_ID, bytes(_ID_NBYTES))),
     )
     return _lay_out(root, records)
 

@@ -1,0 +1,328 @@
+"""Parameter maps: JSON files that say where each parameter lies in the distributed optimizer's buffers.
+
+`save` writes them inside a Megatron training script, the rest reads and writes the files anywhere.  Importing this
+module imports neither torch, megatron nor numpy.
+
+The files are those of MindSpeed-Core-MS's param_map.patch for Megatron-LM core_r0.6.0: `param_map/param_map_buffer{b}_
+dp{d}tp{t}pp{p}vpp{v}.json` holds {"module.{name}": [dtype, shape, start, end, bucket]} in buffer order, start and end
+in elements of the whole padded buffer.  Beyond the patch: maps of expert buffers, whose names end in `ep{e}.json`, and
+`param_map_sizes_tp{t}pp{p}[ep{e}].json` with what ranges do not tell, the sizes of the buckets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transform_ckpt.errors import InputError, Problems, UsageError
+from transform_ckpt.formats.files import listing, open_binary, storage_error
+from transform_ckpt.megatron.buckets import BucketError, BufferMap, Range
+
+__all__ = ["FileName", "MapKey", "dumps", "file_name", "find", "parse_file_name", "read", "save", "write"]
+
+MAX_NBYTES = 1 << 28
+_MAX_ELEMENTS = 1 << 62
+_MAX_DIMENSIONS = 64
+_PREFIX = "module."
+_DIRECTORY = "param_map"
+_NUMBER = "(0|[1-9][0-9]{0,8})"
+_NAME = re.compile(rf"param_map_buffer{_NUMBER}_dp{_NUMBER}tp{_NUMBER}pp{_NUMBER}vpp{_NUMBER}(?:ep{_NUMBER})?\.json")
+_DTYPE = re.compile(r"torch\.[a-z0-9_]{1,40}")
+_AGAIN = "write the map again (transform_ckpt.param_map.save) or fetch it again"
+
+
+class FileName(NamedTuple):
+    """What the name of a map says; `ep` is None for the buffers that every expert rank shares."""
+
+    buffer: int
+    dp: int
+    tp: int
+    pp: int
+    vpp: int
+    ep: int | None = None
+
+
+class MapKey(NamedTuple):
+    """Whose buffer a map is of: dp ranks have the same one."""
+
+    tp: int
+    pp: int
+    vpp: int
+    ep: int | None
+    buffer: int
+
+
+def file_name(buffer: int, dp: int, tp: int, pp: int, vpp: int, ep: int | None = None) -> str:
+    """Name of a map's file."""
+    return f"param_map_buffer{buffer}_dp{dp}tp{tp}pp{pp}vpp{vpp}{_ending(ep)}.json"
+
+
+def parse_file_name(name: str) -> FileName | None:
+    """The inverse of `file_name`; None for any other name."""
+    found = _NAME.fullmatch(name)
+    return found and FileName(*(number and int(number) for number in found.groups()))
+
+
+def _sizes_name(tp: int, pp: int, ep: int | None) -> str:
+    return f"param_map_sizes_tp{tp}pp{pp}{_ending(ep)}.json"
+
+
+def _ending(ep: int | None) -> str:
+    return "" if ep is None else f"ep{ep}"
+
+
+def read(path: str) -> BufferMap:
+    """One map, names without "module."; with the sizes of its buckets where `save` wrote them beside it.
+
+    InputError names the file and every parameter that cannot be so.
+    """
+    problems = Problems()
+    ranges: list[Range] = []
+    for name, entry in _read_object(path).items():
+        try:
+            ranges.append(_range(name, entry))
+        except BucketError as error:
+            problems.add(f"{path}: {error}: {_AGAIN}")
+    problems.raise_if_any(InputError)
+    ranges.sort(key=lambda found: found.start)
+    try:
+        return BufferMap(tuple(ranges), *_read_sizes(path))
+    except BucketError as error:
+        raise InputError(f"{path}: {error}: {_AGAIN}") from None
+
+
+def _read_object(path: str) -> dict[str, Any]:
+    """A JSON object of a file of bounded size, no key twice in it."""
+    with open_binary(path, "reading a parameter map") as (fd, nbytes):
+        if nbytes > MAX_NBYTES:
+            raise InputError(f"{path}: {nbytes:,} bytes, more than any parameter map ({MAX_NBYTES:,}): check the path")
+        data = os.pread(fd, nbytes, 0)
+    try:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # not UTF-8 and not JSON are ValueErrors
+        raise InputError(f"{path}: is no JSON of a parameter map ({error!s:.200}): {_AGAIN}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not an object of parameters: {_AGAIN}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r:.200} is there twice")
+        found[key] = value
+    return found
+
+
+def _range(name: str, entry: Any) -> Range:
+    """One entry; BucketError where its types or numbers are wrong."""
+    short = name.removeprefix(_PREFIX)
+    if not short or not short.isprintable():
+        raise BucketError(f"{name!r:.200} is no name of a parameter")
+    if not isinstance(entry, list) or len(entry) != 5:
+        raise BucketError(f"{name!r:.200} is not [dtype, shape, start, end, bucket]")
+    dtype, shape, start, end, bucket = entry
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        raise BucketError(f"{name!r:.200} has the dtype {dtype!r:.80}, expected one like 'torch.bfloat16'")
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(_is_count, shape)):
+        raise BucketError(f"{name!r:.200} has the shape {shape!r:.200}, expected a list of sizes")
+    if not all(map(_is_count, (start, end, bucket))):
+        raise BucketError(f"{name!r:.200} has start, end, bucket {start!r:.40}, {end!r:.40}, {bucket!r:.40}")
+    return Range(short, dtype, tuple(shape), start, end, bucket)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_ELEMENTS
+
+
+def _read_sizes(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Unpadded and padded elements of the buckets of a map, () where nothing beside it says so."""
+    directory, name = os.path.split(path)
+    found = parse_file_name(name)
+    if found is None:
+        return (), ()
+    sizes = os.path.join(directory, _sizes_name(found.tp, found.pp, found.ep))
+    if not os.path.exists(sizes):
+        return (), ()
+    try:
+        entry = _read_object(sizes)["buffers"][f"buffer{found.buffer}vpp{found.vpp}"]
+        unpadded, padded = entry["numel_unpadded"], entry["numel"]
+    except (KeyError, TypeError):
+        unpadded = padded = None
+    if not all(
+        isinstance(numbers, list) and numbers and all(map(_is_count, numbers)) for numbers in (unpadded, padded)
+    ):
+        raise InputError(f"{sizes}: does not say the bucket sizes of {name}: delete it, or {_AGAIN}")
+    return tuple(unpadded), tuple(padded)
+
+
+def dumps(buffer_map: BufferMap) -> bytes:
+    """The bytes of a map's file, as the patch writes them."""
+    return json.dumps(
+        {f"{_PREFIX}{r.name}": [r.dtype, r.shape, r.start, r.end, r.bucket] for r in buffer_map.ranges}
+    ).encode()
+
+
+def write(path: str, buffer_map: BufferMap) -> None:
+    """Write one map; readers see it whole or not at all."""
+    _replace(path, dumps(buffer_map))
+
+
+def _replace(path: str, data: bytes) -> None:
+    part = f"{path}.{os.urandom(4).hex()}.tmp"
+    try:
+        with open(part, "wb") as stream:
+            stream.write(data)
+        os.replace(part, path)
+    except OSError as error:
+        raise storage_error(path, error, "writing a parameter map") from None
+
+
+def find(directory: str) -> dict[MapKey, str]:
+    """The maps of a run, in order of (tp, pp, vpp, ep, buffer).
+
+    `directory` holds them itself or in `param_map`; expert maps may lie in `param_map_expert` or `{...}_expert` beside
+    them.  InputError where there are none, and where two for the same buffer differ.
+    """
+    names = listing(directory)
+    if not any(map(parse_file_name, names)) and _DIRECTORY in names:
+        directory = os.path.join(directory, _DIRECTORY)
+    whole = os.path.abspath(directory)
+    beside = {f"{whole}_expert", os.path.join(os.path.dirname(whole), f"{_DIRECTORY}_expert")} - {whole}
+    found: dict[MapKey, list[str]] = {}
+    for place in (directory, *sorted(filter(os.path.isdir, beside))):
+        for name in listing(place):
+            parsed = parse_file_name(name)
+            if parsed and (parsed.ep is not None or place == directory):
+                key = MapKey(parsed.tp, parsed.pp, parsed.vpp, parsed.ep, parsed.buffer)
+                found.setdefault(key, []).append(os.path.join(place, name))
+    if not found:
+        raise InputError(
+            f"{directory}: holds no param_map_buffer*_dp*tp*pp*vpp*.json: give the directory that the training wrote "
+            "them to (transform_ckpt.param_map.save)"
+        )
+    order = sorted(found, key=lambda key: (key.tp, key.pp, key.vpp, -1 if key.ep is None else key.ep, key.buffer))
+    return {key: _same_content(found[key]) for key in order}
+
+
+def _same_content(paths: Sequence[str]) -> str:
+    """The first of several files for one buffer; InputError names two that differ."""
+    first, *others = paths
+    for other in others:
+        if read(first).ranges != read(other).ranges:
+            raise InputError(
+                f"{first} and {other}: differ, but both say where the parameters of one buffer are: "
+                "they are of two runs: keep those of the run that wrote the checkpoint"
+            )
+    return first
+
+
+def save(model_chunks: Any, path: str, *, every_rank: bool = False) -> None:
+    """Write the maps of this rank's buffers to `{path}/param_map`; call it on every rank, once the model is built.
+
+    `model_chunks`: the DistributedDataParallel chunk or list of chunks of megatron-core 0.6 to 0.16; chunk i is vpp i.
+    Only the first data parallel rank of each buffer writes, unless `every_rank`.  A path holds the maps of one run:
+    maps that this one has no buffer for (an earlier run with more chunks or ranks) are deleted.
+    """
+    import torch
+    from megatron.core import __version__ as version
+    from megatron.core import parallel_state
+
+    chunks = list(model_chunks) if isinstance(model_chunks, (list, tuple)) else [model_chunks]
+    tp, pp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    ep = parallel_state.get_expert_model_parallel_rank()
+    dp = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    dp_size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    directory = os.path.join(path, _DIRECTORY)
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise storage_error(directory, error, "creating the directory") from None
+    ranks: dict[MapKey, int] = {}
+    sizes: dict[int | None, dict[str, Any]] = {}
+    for vpp, chunk in enumerate(chunks):
+        names = _names(chunk)
+        for ep_here, buffers in ((None, chunk.buffers), (ep, chunk.expert_parallel_buffers)):
+            for number, buffer in enumerate(buffers):
+                group = buffer.data_parallel_group
+                group_size = torch.distributed.get_world_size(group)
+                rank = dp if ep_here is None else torch.distributed.get_rank(group)
+                ranks[MapKey(tp, pp, vpp, ep_here, number)] = dp_size if ep_here is None else group_size
+                if rank and not every_rank:
+                    continue
+                found = _live_map(buffer, names)
+                write(os.path.join(directory, file_name(number, rank, tp, pp, vpp, ep_here)), found)
+                if not rank:
+                    sizes.setdefault(ep_here, {})[f"buffer{number}vpp{vpp}"] = {
+                        "data_parallel_size": group_size,
+                        "bucket_size": chunk.bucket_size,
+                        "numel": found.padded,
+                        "numel_unpadded": found.unpadded,
+                    }
+    for ep_here, entries in sizes.items():
+        content = {"megatron_core": version, "buffers": entries}
+        _replace(os.path.join(directory, _sizes_name(tp, pp, ep_here)), json.dumps(content, indent=1).encode())
+    if dp == 0:
+        world = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+        )
+        _delete_stale(directory, (tp, pp, ep), world, ranks if every_rank else dict.fromkeys(ranks, 1))
+
+
+def _names(chunk: Any) -> dict[Any, str]:
+    """Parameter -> name, of one chunk that DistributedDataParallel wraps."""
+    if not isinstance(getattr(chunk, "expert_parallel_buffers", None), list):
+        raise UsageError(
+            f"param_map.save: {type(chunk).__name__} has no parameter buffers; expected the chunks that "
+            "megatron.core.distributed.DistributedDataParallel (0.6 and later) wraps: pass what get_model returned"
+        )
+    return {param: name for name, param in chunk.module.named_parameters()}
+
+
+def _live_map(buffer: Any, names: Mapping[Any, str]) -> BufferMap:
+    """The map of a buffer in use."""
+    ranges = [
+        Range(names[param].removeprefix(_PREFIX), str(param.dtype), tuple(param.shape), *index)
+        for param, index in buffer.param_index_map.items()
+    ]
+    ranges.sort(key=lambda found: found.start)
+    unpadded = tuple(bucket.numel_unpadded for bucket in buffer.buckets)
+    try:
+        return BufferMap(tuple(ranges), unpadded, tuple(end - start for start, end in buffer.bucket_indices))
+    except BucketError as error:
+        raise InputError(
+            f"param_map.save: {error}: this version of megatron-core does not save the buffer whole: update it"
+        ) from None
+
+
+def _delete_stale(
+    directory: str, rank: tuple[int, int, int], world: tuple[int, int, int], ranks: Mapping[MapKey, int]
+) -> None:
+    """Delete the maps of (tp, pp) of `rank` that are none of `ranks` (buffer -> dp ranks that write); rank (0, 0) also
+    those that no rank of the world (tp, pp, ep sizes) has.
+    """
+    for name in listing(directory):
+        parsed = parse_file_name(name)
+        if parsed is None:
+            continue
+        outside = parsed.tp >= world[0] or parsed.pp >= world[1]
+        mine = (parsed.tp, parsed.pp) == rank[:2]
+        own = MapKey(parsed.tp, parsed.pp, parsed.vpp, None if parsed.ep is None else rank[2], parsed.buffer)
+        unknown = parsed.dp >= ranks.get(own, 0) or (parsed.ep or 0) >= world[2]
+        if (outside and rank[:2] == (0, 0)) or (mine and unknown):
+            _delete(os.path.join(directory, name))
+
+
+def _delete(path: str) -> None:
+    try:
+        os.remove(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise storage_error(path, error, "deleting the map of an earlier run") from None
