@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from transform_ckpt.errors import InputError, Problems, UsageError
@@ -23,15 +24,16 @@ from transform_ckpt.megatron.buckets import BucketError, BufferMap, Range
 
 __all__ = ["FileName", "MapKey", "dumps", "file_name", "find", "parse_file_name", "read", "save", "write"]
 
-MAX_NBYTES = 1 << 28
+_MAX_NBYTES = 1 << 28
 _MAX_ELEMENTS = 1 << 62
 _MAX_DIMENSIONS = 64
+_MAX_NAME = 1000
 _PREFIX = "module."
 _DIRECTORY = "param_map"
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 _NAME = re.compile(rf"param_map_buffer{_NUMBER}_dp{_NUMBER}tp{_NUMBER}pp{_NUMBER}vpp{_NUMBER}(?:ep{_NUMBER})?\.json")
 _DTYPE = re.compile(r"torch\.[a-z0-9_]{1,40}")
-_AGAIN = "write the map again (transform_ckpt.param_map.save) or fetch it again"
+_AGAIN = "write the maps and the sizes beside them again (transform_ckpt.param_map.save), or fetch them again"
 
 
 class FileName(NamedTuple):
@@ -43,6 +45,11 @@ class FileName(NamedTuple):
     pp: int
     vpp: int
     ep: int | None = None
+
+    @property
+    def key(self) -> MapKey:
+        """The buffer."""
+        return MapKey(self.tp, self.pp, self.vpp, self.ep, self.buffer)
 
 
 class MapKey(NamedTuple):
@@ -63,7 +70,10 @@ def file_name(buffer: int, dp: int, tp: int, pp: int, vpp: int, ep: int | None =
 def parse_file_name(name: str) -> FileName | None:
     """The inverse of `file_name`; None for any other name."""
     found = _NAME.fullmatch(name)
-    return found and FileName(*(number and int(number) for number in found.groups()))
+    if found is None:
+        return None
+    buffer, dp, tp, pp, vpp, ep = found.groups()
+    return FileName(int(buffer), int(dp), int(tp), int(pp), int(vpp), None if ep is None else int(ep))
 
 
 def _sizes_name(tp: int, pp: int, ep: int | None) -> str:
@@ -87,7 +97,6 @@ def read(path: str) -> BufferMap:
         except BucketError as error:
             problems.add(f"{path}: {error}: {_AGAIN}")
     problems.raise_if_any(InputError)
-    ranges.sort(key=lambda found: found.start)
     try:
         return BufferMap(tuple(ranges), *_read_sizes(path))
     except BucketError as error:
@@ -97,8 +106,8 @@ def read(path: str) -> BufferMap:
 def _read_object(path: str) -> dict[str, Any]:
     """A JSON object of a file of bounded size, no key twice in it."""
     with open_binary(path, "reading a parameter map") as (fd, nbytes):
-        if nbytes > MAX_NBYTES:
-            raise InputError(f"{path}: {nbytes:,} bytes, more than any parameter map ({MAX_NBYTES:,}): check the path")
+        if nbytes > _MAX_NBYTES:
+            raise InputError(f"{path}: {nbytes:,} bytes, more than any parameter map ({_MAX_NBYTES:,}): check the path")
         data = os.pread(fd, nbytes, 0)
     try:
         content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
@@ -121,22 +130,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _range(name: str, entry: Any) -> Range:
     """One entry; BucketError where its types or numbers are wrong."""
     short = name.removeprefix(_PREFIX)
-    if not short or not short.isprintable():
+    if not short.isprintable() or not 0 < len(short) <= _MAX_NAME:
         raise BucketError(f"{name!r:.200} is no name of a parameter")
     if not isinstance(entry, list) or len(entry) != 5:
         raise BucketError(f"{name!r:.200} is not [dtype, shape, start, end, bucket]")
     dtype, shape, start, end, bucket = entry
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
         raise BucketError(f"{name!r:.200} has the dtype {dtype!r:.80}, expected one like 'torch.bfloat16'")
-    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(_is_count, shape)):
+    if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
         raise BucketError(f"{name!r:.200} has the shape {shape!r:.200}, expected a list of sizes")
-    if not all(map(_is_count, (start, end, bucket))):
+    if not _are_counts([start, end, bucket]):
         raise BucketError(f"{name!r:.200} has start, end, bucket {start!r:.40}, {end!r:.40}, {bucket!r:.40}")
     return Range(short, dtype, tuple(shape), start, end, bucket)
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_ELEMENTS
+def _are_counts(value: Any) -> bool:
+    """A list of integers that can be sizes; True is none."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= _MAX_ELEMENTS for n in value)
 
 
 def _read_sizes(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -153,10 +163,8 @@ def _read_sizes(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         unpadded, padded = entry["numel_unpadded"], entry["numel"]
     except (KeyError, TypeError):
         unpadded = padded = None
-    if not all(
-        isinstance(numbers, list) and numbers and all(map(_is_count, numbers)) for numbers in (unpadded, padded)
-    ):
-        raise InputError(f"{sizes}: does not say the bucket sizes of {name}: delete it, or {_AGAIN}")
+    if not (unpadded and padded and _are_counts(unpadded) and _are_counts(padded)):
+        raise InputError(f"{sizes}: does not say the sizes of the buckets of {name}: {_AGAIN}")
     return tuple(unpadded), tuple(padded)
 
 
@@ -174,12 +182,19 @@ def write(path: str, buffer_map: BufferMap) -> None:
 
 def _replace(path: str, data: bytes) -> None:
     part = f"{path}.{os.urandom(4).hex()}.tmp"
-    try:
+    with _storage(path, "writing it"):
         with open(part, "wb") as stream:
             stream.write(data)
         os.replace(part, path)
+
+
+@contextmanager
+def _storage(path: str, doing: str) -> Iterator[None]:
+    """OSErrors as errors that name the file."""
+    try:
+        yield
     except OSError as error:
-        raise storage_error(path, error, "writing a parameter map") from None
+        raise storage_error(path, error, doing) from None
 
 
 def find(directory: str) -> dict[MapKey, str]:
@@ -198,8 +213,7 @@ def find(directory: str) -> dict[MapKey, str]:
         for name in listing(place):
             parsed = parse_file_name(name)
             if parsed and (parsed.ep is not None or place == directory):
-                key = MapKey(parsed.tp, parsed.pp, parsed.vpp, parsed.ep, parsed.buffer)
-                found.setdefault(key, []).append(os.path.join(place, name))
+                found.setdefault(parsed.key, []).append(os.path.join(place, name))
     if not found:
         raise InputError(
             f"{directory}: holds no param_map_buffer*_dp*tp*pp*vpp*.json: give the directory that the training wrote "
@@ -212,8 +226,9 @@ def find(directory: str) -> dict[MapKey, str]:
 def _same_content(paths: Sequence[str]) -> str:
     """The first of several files for one buffer; InputError names two that differ."""
     first, *others = paths
+    ranges = read(first).ranges if others else ()
     for other in others:
-        if read(first).ranges != read(other).ranges:
+        if read(other).ranges != ranges:
             raise InputError(
                 f"{first} and {other}: differ, but both say where the parameters of one buffer are: "
                 "they are of two runs: keep those of the run that wrote the checkpoint"
@@ -221,58 +236,67 @@ def _same_content(paths: Sequence[str]) -> str:
     return first
 
 
-def save(model_chunks: Any, path: str, *, every_rank: bool = False) -> None:
+def save(model_chunks: Any, path: str | os.PathLike[str], *, every_rank: bool = False) -> None:
     """Write the maps of this rank's buffers to `{path}/param_map`; call it on every rank, once the model is built.
 
     `model_chunks`: the DistributedDataParallel chunk or list of chunks of megatron-core 0.6 to 0.16; chunk i is vpp i.
     Only the first data parallel rank of each buffer writes, unless `every_rank`.  A path holds the maps of one run:
     maps that this one has no buffer for (an earlier run with more chunks or ranks) are deleted.
     """
-    import torch
-    from megatron.core import __version__ as version
     from megatron.core import parallel_state
+    from megatron.core.package_info import __version__
+    from torch.distributed import get_rank, get_world_size
 
-    chunks = list(model_chunks) if isinstance(model_chunks, (list, tuple)) else [model_chunks]
     tp, pp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
     ep = parallel_state.get_expert_model_parallel_rank()
-    dp = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    dp_size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     directory = os.path.join(path, _DIRECTORY)
-    try:
+    with _storage(directory, "creating it"):
         os.makedirs(directory, exist_ok=True)
-    except OSError as error:
-        raise storage_error(directory, error, "creating the directory") from None
-    ranks: dict[MapKey, int] = {}
+    writers: dict[MapKey, int] = {}
     sizes: dict[int | None, dict[str, Any]] = {}
-    for vpp, chunk in enumerate(chunks):
+    for vpp, chunk in enumerate(model_chunks if isinstance(model_chunks, (list, tuple)) else [model_chunks]):
         names = _names(chunk)
         for ep_here, buffers in ((None, chunk.buffers), (ep, chunk.expert_parallel_buffers)):
             for number, buffer in enumerate(buffers):
-                group = buffer.data_parallel_group
-                group_size = torch.distributed.get_world_size(group)
-                rank = dp if ep_here is None else torch.distributed.get_rank(group)
-                ranks[MapKey(tp, pp, vpp, ep_here, number)] = dp_size if ep_here is None else group_size
-                if rank and not every_rank:
+                dp, dp_size = get_rank(buffer.data_parallel_group), get_world_size(buffer.data_parallel_group)
+                writers[MapKey(tp, pp, vpp, ep_here, number)] = dp_size if every_rank else 1
+                if dp and not every_rank:
                     continue
                 found = _live_map(buffer, names)
-                write(os.path.join(directory, file_name(number, rank, tp, pp, vpp, ep_here)), found)
-                if not rank:
-                    sizes.setdefault(ep_here, {})[f"buffer{number}vpp{vpp}"] = {
-                        "data_parallel_size": group_size,
-                        "bucket_size": chunk.bucket_size,
-                        "numel": found.padded,
-                        "numel_unpadded": found.unpadded,
-                    }
+                write(os.path.join(directory, file_name(number, dp, tp, pp, vpp, ep_here)), found)
+                sizes.setdefault(ep_here, {})[f"buffer{number}vpp{vpp}"] = {
+                    "data_parallel_size": dp_size,
+                    "bucket_size": chunk.bucket_size,
+                    "numel": found.padded,
+                    "numel_unpadded": found.unpadded,
+                }
     for ep_here, entries in sizes.items():
-        content = {"megatron_core": version, "buffers": entries}
-        _replace(os.path.join(directory, _sizes_name(tp, pp, ep_here)), json.dumps(content, indent=1).encode())
-    if dp == 0:
-        world = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-            parallel_state.get_expert_model_parallel_world_size(),
-        )
-        _delete_stale(directory, (tp, pp, ep), world, ranks if every_rank else dict.fromkeys(ranks, 1))
+        content = json.dumps({"megatron_core": __version__, "buffers": entries}, indent=1)
+        _replace(os.path.join(directory, _sizes_name(tp, pp, ep_here)), content.encode())
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+        _delete_stale(directory, (tp, pp, ep), writers)
+
+
+def _delete_stale(directory: str, rank: tuple[int, int, int], writers: Mapping[MapKey, int]) -> None:
+    """Delete the maps of this (tp, pp) that are not of `writers` (buffer -> number of dp ranks that write its map);
+    rank (0, 0) also those of ranks that the run does not have.
+    """
+    from megatron.core import parallel_state
+
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    pp_size = parallel_state.get_pipeline_model_parallel_world_size()
+    ep_size = parallel_state.get_expert_model_parallel_world_size()
+    tp, pp, ep = rank
+    for name in listing(directory):
+        old = parse_file_name(name)
+        if old is None:
+            continue
+        key = old.key if old.ep is None else old.key._replace(ep=ep)
+        unknown = old.dp >= writers.get(key, 0) or (old.ep or 0) >= ep_size
+        outside = old.tp >= tp_size or old.pp >= pp_size
+        if ((old.tp, old.pp) == (tp, pp) and unknown) or ((tp, pp) == (0, 0) and outside):
+            with _storage(os.path.join(directory, name), "deleting it"), suppress(FileNotFoundError):
+                os.remove(os.path.join(directory, name))
 
 
 def _names(chunk: Any) -> dict[Any, str]:
@@ -297,32 +321,5 @@ def _live_map(buffer: Any, names: Mapping[Any, str]) -> BufferMap:
         return BufferMap(tuple(ranges), unpadded, tuple(end - start for start, end in buffer.bucket_indices))
     except BucketError as error:
         raise InputError(
-            f"param_map.save: {error}: this version of megatron-core does not save the buffer whole: update it"
+            f"param_map.save: {error}: this version of megatron-core does not save the buffer whole: use 0.13 or later"
         ) from None
-
-
-def _delete_stale(
-    directory: str, rank: tuple[int, int, int], world: tuple[int, int, int], ranks: Mapping[MapKey, int]
-) -> None:
-    """Delete the maps of (tp, pp) of `rank` that are none of `ranks` (buffer -> dp ranks that write); rank (0, 0) also
-    those that no rank of the world (tp, pp, ep sizes) has.
-    """
-    for name in listing(directory):
-        parsed = parse_file_name(name)
-        if parsed is None:
-            continue
-        outside = parsed.tp >= world[0] or parsed.pp >= world[1]
-        mine = (parsed.tp, parsed.pp) == rank[:2]
-        own = MapKey(parsed.tp, parsed.pp, parsed.vpp, None if parsed.ep is None else rank[2], parsed.buffer)
-        unknown = parsed.dp >= ranks.get(own, 0) or (parsed.ep or 0) >= world[2]
-        if (outside and rank[:2] == (0, 0)) or (mine and unknown):
-            _delete(os.path.join(directory, name))
-
-
-def _delete(path: str) -> None:
-    try:
-        os.remove(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise storage_error(path, error, "deleting the map of an earlier run") from None

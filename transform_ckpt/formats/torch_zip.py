@@ -73,7 +73,12 @@ def read(path: str) -> TorchFile:
 
 def read_header(path: str) -> FileHeader:
     """The storages of a file as tensors of bytes, named as the archive names them: `data/0`."""
-    found = read(path)
+    return header_of(read(path))
+
+
+def header_of(found: TorchFile) -> FileHeader:
+    """The same of a file that is read already."""
+    path = found.path
     tensors = {
         f"data/{key}": Tensor(f"data/{key}", "U8", (extent.nbytes,), path, (extent,))
         for key, extent in found.extents.items()
