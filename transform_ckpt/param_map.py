@@ -97,6 +97,7 @@ def read(path: str) -> BufferMap:
         except BucketError as error:
             problems.add(f"{path}: {error}: {_AGAIN}")
     problems.raise_if_any(InputError)
+    ranges.sort(key=lambda found: found.start)
     try:
         return BufferMap(tuple(ranges), *_read_sizes(path))
     except BucketError as error:
@@ -207,7 +208,7 @@ def find(directory: str) -> dict[MapKey, str]:
     if not any(map(parse_file_name, names)) and _DIRECTORY in names:
         directory = os.path.join(directory, _DIRECTORY)
     whole = os.path.abspath(directory)
-    beside = {f"{whole}_expert", os.path.join(os.path.dirname(whole), f"{_DIRECTORY}_expert")} - {whole}
+    beside = {f"{whole}_expert", os.path.join(os.path.dirname(whole), f"{_DIRECTORY}_expert")}
     found: dict[MapKey, list[str]] = {}
     for place in (directory, *sorted(filter(os.path.isdir, beside))):
         for name in listing(place):

@@ -1,4 +1,4 @@
-"""What a Megatron source gives a destination beside tensors of the model: args, scheduler, parameter groups, generators."""
+"""What a Megatron source gives beside tensors of the model: args, scheduler, parameter groups, generators."""
 
 from __future__ import annotations
 

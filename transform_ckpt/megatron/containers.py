@@ -95,7 +95,7 @@ def _state(file: TorchFile, entry: dict[Any, Any]) -> State:
         raise InputError(f"{file.path}: has the buffers {numbers}: some are missing")
     coalesced = entry.get("buckets_coalesced", False) is True
     buffers = [
-        _buffer(file, number, dtypes, content, coalesced, _unpadded(file, entry, number, dtypes))
+        _buffer(file, number, dtypes, content, _unpadded(file, entry, number, dtypes), coalesced=coalesced)
         for number in numbers
         for dtypes, content in _items(file, entry[number])
     ]
@@ -123,7 +123,7 @@ def _unpadded(file: TorchFile, entry: dict[Any, Any], number: int, dtypes: Any) 
 
 
 def _buffer(
-    file: TorchFile, number: int, dtypes: Any, content: Any, coalesced: bool, unpadded: tuple[int, ...]
+    file: TorchFile, number: int, dtypes: Any, content: Any, unpadded: tuple[int, ...], *, coalesced: bool
 ) -> Buffer:
     where = f"{file.path}: buffer {number}"
     if not isinstance(dtypes, tuple) or not all(type(d) is Global and d.module == "torch" for d in dtypes):

@@ -62,7 +62,7 @@ class Facts:
             raise InputError(f"layers: {error}") from None
 
     def sharding(self, tp: int, ep: int) -> Sharding:
-        """The place of the rank whose directory is (tp, ep): etp divides tp, so its expert tensor rank is a remainder."""
+        """Place of the rank whose directory is (tp, ep): etp divides tp, its expert tensor rank is the remainder."""
         if self.extend_ep:  # MindSpeed's moe_tp_extend_ep: TP ranks are expert ranks, too
             size = self.sizes
             return Sharding(
@@ -97,7 +97,7 @@ _LAST = ("decoder_last_pipeline_num_layers", "num_layers_in_last_pipeline_stage"
 
 
 def facts_of(args: Mapping[str, Any], where: str, **given: Any) -> Facts:
-    """Facts from `args`; what is in `given` (not None) wins.  InputError names the file where a value is no such thing."""
+    """Facts from `args`; what is in `given` (not None) wins.  InputError names the file and a value that is none."""
 
     def number(*names: str) -> int | None:
         for name in names:
@@ -144,7 +144,7 @@ def facts_of(args: Mapping[str, Any], where: str, **given: Any) -> Facts:
 
 
 def _with_uneven_ends(facts: Facts) -> Facts:
-    """account_for_embedding_in_pipeline_split and ..._loss_...: these count as layers, of the first and the last stage."""
+    """account_for_embedding_in_pipeline_split and ..._loss_...: these count as layers of the first and last stage."""
     first = bool(facts.args.get("account_for_embedding_in_pipeline_split"))
     last = bool(facts.args.get("account_for_loss_in_pipeline_split"))
     pp, vpp = facts.sizes.pp, facts.sizes.vpp

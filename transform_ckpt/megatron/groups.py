@@ -59,7 +59,7 @@ def arranged(
     wanted = list(dict.fromkeys((has_decay(n, s), is_decoupled(n, args)) for n, s in parameters))
     found: list[Group] = []
     for decay, decoupled in wanted:
-        fits = [g for g in known if _fits(g, decay, decoupled)]
+        fits = [g for g in known if _fits(g, decay=decay, decoupled=decoupled)]
         own = [g for g in fits if bool(g.get("is_expert_parallel")) == experts] or fits
         if not own:
             raise InputError(
@@ -76,6 +76,6 @@ def arranged(
     return found
 
 
-def _fits(group: Group, decay: bool, decoupled: bool) -> bool:
+def _fits(group: Group, *, decay: bool, decoupled: bool) -> bool:
     multiplier = group.get("wd_mult", group.get("pre_wd_mult", 1.0))
     return (multiplier != 0) == decay and bool(group.get("is_decoupled_lr")) == decoupled

@@ -54,7 +54,7 @@ class Maps:
         self.versions: set[tuple[int, ...]] = set()
 
     def of(
-        self, where: str, place: tuple[int, int, int], chunks: Sequence[Chunk], state: State, experts: bool
+        self, where: str, place: tuple[int, int, int], chunks: Sequence[Chunk], state: State, *, experts: bool
     ) -> list[Placed]:
         """One map a buffer, in the buffers' order; InputError where they do not fit the file."""
         tp, pp, ep = place
@@ -80,18 +80,18 @@ class Maps:
                 "run, or none to have it rebuilt from the model"
             )
         self.rebuilt.add("experts" if experts else "dense")
-        return self._rebuilt(where, pp, chunks, state, experts)
+        return self._rebuilt(where, pp, chunks, state, experts=experts)
 
     def _map(self, path: str) -> BufferMap:
         if path not in self._read:
             self._read[path] = param_map.read(path)
         return self._read[path]
 
-    def _rebuilt(self, where: str, pp: int, chunks: Sequence[Chunk], state: State, experts: bool) -> list[Placed]:
+    def _rebuilt(self, where: str, pp: int, chunks: Sequence[Chunk], state: State, *, experts: bool) -> list[Placed]:
         wanted = [
             (number, params)
             for number, chunk in enumerate(chunks)
-            for params in _by_dtype(parameters(chunk, self._facts, pp, number, experts))
+            for params in _by_dtype(parameters(chunk, self._facts, experts=experts))
         ]
         if len(wanted) != len(state.buffers):
             raise InputError(
@@ -104,9 +104,9 @@ class Maps:
                 found.append(Placed(number, _by_sizes(buffer.where, params, buffer.unpadded)))
                 self.versions.add((0, 6))
                 continue
-            for version, size in self._candidates(pp, number, buffer.coalesced):
+            for version, size in self._candidates(pp, number, coalesced=buffer.coalesced):
                 try:
-                    built = buckets.build(params, version=version, dp=self._dp(experts), bucket_size=size)
+                    built = buckets.build(params, version=version, dp=self._dp(experts=experts), bucket_size=size)
                 except BucketError:
                     continue
                 fits = built if not buffer.coalesced or built.coalesced_numel == buffer.numel else None
@@ -122,11 +122,11 @@ class Maps:
                 )
         return found
 
-    def _dp(self, experts: bool) -> int:
+    def _dp(self, *, experts: bool) -> int:
         sizes = self._facts.sizes
         return self._facts.experts_dp if experts else sizes.dp * sizes.cp
 
-    def _candidates(self, pp: int, chunk: int, coalesced: bool) -> Iterator[tuple[tuple[int, ...], int | None]]:
+    def _candidates(self, pp: int, chunk: int, *, coalesced: bool) -> Iterator[tuple[tuple[int, ...], int | None]]:
         versions = (self._options.version,) if self._options.version else _COALESCED if coalesced else ((0, 6),)
         for version in versions:
             yield from (
@@ -157,7 +157,7 @@ def inferred_bucket_size(placed: Sequence[Placed]) -> int | None:
     return most if least <= most else None
 
 
-def parameters(chunk: Chunk, facts: Facts, pp: int, number: int, experts: bool) -> list[buckets.Parameter]:
+def parameters(chunk: Chunk, facts: Facts, *, experts: bool) -> list[buckets.Parameter]:
     """The trainable parameters of a chunk that one optimizer has, in named_parameters order."""
     apart = facts.sizes.ep > 1 or facts.extend_ep
     return [

@@ -1,7 +1,7 @@
 """The order of a whole model's names, from which every chunk of every layout takes its own.
 
-Megatron's order matters twice: a state dict is read by name, but buffers of the distributed optimizer are laid out in the
-reverse of named_parameters, and parameter groups are created in its order.
+Megatron's order matters twice: a state dict is read by name, but buffers of the distributed optimizer are laid out in
+the reverse of named_parameters, and parameter groups are created in its order.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _stored(name: str, sharding: Sharding) -> str | None:
 
 
 def _position(names: list[str], name: str, previous: str | None) -> int:
-    """Where a name that is new belongs: behind its family, which another expert rank has begun, else behind `previous`."""
+    """Where a new name belongs: behind its family, which another expert rank has begun, else behind `previous`."""
     family = _family(name)
     if family is not None:
         known = [i for i, other in enumerate(names) if _family(other) == family]

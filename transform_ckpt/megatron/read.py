@@ -7,29 +7,28 @@ exp_avg_sq}.{name}.  No tensor byte is read, but a few of every parameter to see
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from strategy.megatron import LayerMap, MegatronError
+from strategy.megatron import LayerMap
 from transform_ckpt.errors import InputError, Problems, name_some
 from transform_ckpt.formats import torch_zip
 from transform_ckpt.formats.torch_values import Namespace
-from transform_ckpt.megatron import directory, rules
+from transform_ckpt.megatron import directory
 from transform_ckpt.megatron.containers import PREFIX, STATES, State, states_of
 from transform_ckpt.megatron.directory import Iteration, Place
 from transform_ckpt.megatron.facts import Facts, facts_of
+from transform_ckpt.megatron.gather import Gatherer, pieces_of
 from transform_ckpt.megatron.maps import MapOptions, Maps, Placed
-from transform_ckpt.megatron.model import Chunk, chunks_of, is_embedding, is_tied_head, split_layer, with_layer
-from transform_ckpt.megatron.names import ROUTER, is_expert
-from transform_ckpt.megatron.outline import Entry, Outline, global_extras
+from transform_ckpt.megatron.model import Chunk, chunks_of
+from transform_ckpt.megatron.names import ROUTER
+from transform_ckpt.megatron.outline import Outline
 from transform_ckpt.megatron.rules import Cut, Rule
-from transform_ckpt.tensors import FileHeader, Logical, Piece, Source, Tensor, Witness, part_of
-from transform_ckpt.views import whole
+from transform_ckpt.tensors import FileHeader, Source, Witness
 
 FORMAT = "megatron"
-MODEL_KEYS = ("args", "checkpoint_version", "iteration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Options:
     """What the user says of a source; None and empty is what the checkpoint says itself."""
 
     iteration: int | str | None = None
-    maps: MapOptions = MapOptions()
+    maps: MapOptions = field(default_factory=MapOptions)
     given: Mapping[str, Any] = field(default_factory=dict)
     optimizer: bool = True
     allow_missing: Sequence[str] = ()
@@ -82,8 +81,9 @@ class Megatron:
         return self.ranks[min(self.ranks)]
 
 
-def open_megatron(path: str, options: Options = Options()) -> Megatron:
+def open_megatron(path: str, options: Options | None = None) -> Megatron:
     """The checkpoint at a root or an iteration's directory; InputError names everything that contradicts itself."""
+    options = options or Options()
     found = directory.find(path, options.iteration)
     sample = torch_zip.read(found.sample())
     facts = facts_of(_args(sample), sample.path, **options.given)
@@ -149,22 +149,17 @@ def _completed(facts: Facts, ranks: Mapping[Place, Rank]) -> Facts:
 
 
 class _Reader:
-    """Gathers pieces of logical tensors rank by rank."""
+    """Gathers the files of every rank."""
 
     def __init__(self, found: Iteration, facts: Facts, ranks: Mapping[Place, Rank], options: Options) -> None:
         self._found, self._facts, self._ranks, self._options = found, facts, ranks, options
-        self._layers = facts.layers()
-        self._pieces: dict[str, list[Piece]] = {}
-        self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._rules: dict[str, Rule] = {}
+        self._gatherer = Gatherer(facts)
+        self._problems = self._gatherer.problems
         self._witnesses: list[Witness] = []
-        self._problems = Problems()
         self._headers: list[FileHeader] = []
         self._notes: list[str] = []
         self._coalesced: set[bool] = set()
         self._buffers: dict[tuple[Place, bool], Sequence[Placed]] = {}
-        self._outline = Outline()
-        self._others: dict[str, tuple[Any, Rank]] = {}
 
     def read(self) -> Megatron:
         cuts = {place: self._model(number, rank) for number, (place, rank) in enumerate(self._ranks.items())}
@@ -172,25 +167,23 @@ class _Reader:
         maps = Maps(self._options.maps, self._facts)
         if self._options.optimizer:
             self._optimizer(maps, cuts)
-        self._problems.raise_if_any(InputError)
-        params = {name: Logical(name, *self._kinds[name], tuple(pieces)) for name, pieces in self._pieces.items()}
-        self._check_layers(params)
+        params = self._gatherer.logicals(self._found.path)
         source = Source(
             FORMAT, self._found.path, tuple(self._headers), params, {}, self._step(), tuple(dict.fromkeys(self._notes))
         )
         return Megatron(
             self._found,
             self._facts,
-            self._layers,
+            self._gatherer.layers,
             self._ranks,
             source,
-            self._rules,
+            self._gatherer.rules,
             tuple(self._witnesses),
             next(iter(self._coalesced), None),
             frozenset(maps.versions),
             self._buffers,
-            self._outline,
-            self._others,
+            self._gatherer.outline,
+            {name: (value, self._ranks[place]) for name, (value, place) in self._gatherer.others.items()},
         )
 
     def _step(self) -> int | None:
@@ -201,75 +194,12 @@ class _Reader:
         """The model of one rank: pieces of weights, and how each stored tensor is cut."""
         self._headers.append(torch_zip.header_of(rank.file))
         found: list[dict[str, Cut]] = []
-        tp, _, ep = rank.place
         for index, chunk in enumerate(rank.chunks):
-            shapes = {name: tensor.shape for name, tensor in chunk.tensors.items()}
-            cuts = rules.read_cuts(shapes, self._facts.sharding(tp, ep), f"{rank.file.path} (chunk {index})")
-            cuts = {name: self._globally(rank, index, cut) for name, cut in cuts.items()}
+            cuts = self._gatherer.cuts(rank.place, index, chunk, rank.file.path)
             for name, cut in cuts.items():
-                self._add(cut.name, cut, chunk.tensors[name], number)
-            if tp == 0:
-                self._note_order(rank, index, cuts)
+                self._gatherer.add(cut.name, cut, chunk.tensors[name], number)
             found.append(cuts)
         return found
-
-    def _note_order(self, rank: Rank, index: int, cuts: Mapping[str, Cut]) -> None:
-        """The chunk's names in order, extra states included; a tied head is the embedding, which has its own place."""
-        chunk = rank.chunks[index]
-        numbers = self._layers.chunks[rank.place[1]][index]
-        extras = global_extras(
-            chunk.others,
-            {name: cut.name for name, cut in cuts.items()},
-            {n: g for n, g in enumerate(numbers) if g is not None},
-        )
-        entries: list[Entry] = []
-        for name, path in chunk.paths.items():
-            known = extras[name] if name in extras else cuts[name].name
-            depth = len(path)
-            if name not in extras and is_embedding(known) and not is_embedding(name):
-                continue
-            entries.append(Entry(known, tuple(known.split(".", depth - 1)) if depth > 1 else (known,)))
-            if chunk.others.get(name) is not None:
-                self._others.setdefault(known, (chunk.others[name], rank))
-        self._outline.add(entries)
-
-    def _globally(self, rank: Rank, chunk: int, cut: Cut) -> Cut:
-        """The cut under its global name: the layer's own number, and the embedding's name for its tied copy."""
-        if self._facts.tied and is_tied_head(cut.name):
-            names = rank.chunks[chunk].tensors
-            nested = rank.chunks[chunk].nested
-            if not any(name.endswith("embedding.word_embeddings.weight") for name in names) or "mtp" in str(names):
-                return replace(cut, name=f"{'language_model.' if nested else ''}embedding.word_embeddings.weight")
-        parts = split_layer(cut.name)
-        if parts is None:
-            return cut
-        try:
-            layer = self._layers.global_layer(rank.place[1], chunk, parts[1])
-        except MegatronError as error:
-            self._problems.add(f"{rank.file.path}: {cut.name!r}: {error}: the layer options are not those of this run")
-            return cut
-        return replace(cut, name=with_layer(cut.name, layer))
-
-    def _add(self, name: str, cut: Cut, tensor: Tensor, rank: int) -> None:
-        kind = (tensor.dtype, cut.shape)
-        known = self._kinds.setdefault(name, kind)
-        if known != kind:
-            self._problems.add(
-                f"{tensor.path}: {name!r} is {kind[0]}{list(kind[1])}, and {known[0]}{list(known[1])} in another rank"
-            )
-            return
-        self._rules.setdefault(name, cut.rule)
-        self._pieces.setdefault(name, []).extend(pieces_of(cut, tensor, rank))
-
-    def _check_layers(self, params: Mapping[str, Logical]) -> None:
-        """Every layer has tensors; a whole layer that nobody holds would otherwise not be missed."""
-        there = {parts[1] for name in params if (parts := split_layer(name)) is not None}
-        missing = sorted(set(range(self._layers.num_layers)) - there)
-        if missing:
-            raise InputError(
-                f"{self._found.path}: has no tensor of layers {name_some(map(str, missing))} of "
-                f"{self._layers.num_layers}: directories are missing, or the layer options are not those of this run"
-            )
 
     def _optimizer(self, maps: Maps, cuts: Mapping[Place, Sequence[Mapping[str, Cut]]]) -> None:
         files = {
@@ -293,7 +223,7 @@ class _Reader:
                         "the optimizer was saved with --reuse-fp32-param: its fp32 weights are as near as bfloat16 is"
                     )
                 self._coalesced.update(buffer.coalesced for buffer in state.buffers)
-                self._state(maps, rank, numbers[place], cuts[place], state, experts)
+                self._state(maps, rank, numbers[place], cuts[place], state, experts=experts)
         self._check_states(held, cuts)
         if maps.rebuilt:
             versions = ", ".join(".".join(map(str, v)) for v in sorted(maps.versions))
@@ -303,10 +233,10 @@ class _Reader:
             )
 
     def _state(
-        self, maps: Maps, rank: Rank, number: int, cuts: Sequence[Mapping[str, Cut]], state: State, experts: bool
+        self, maps: Maps, rank: Rank, number: int, cuts: Sequence[Mapping[str, Cut]], state: State, *, experts: bool
     ) -> None:
         where = os.path.join(rank.path, directory.OPTIMIZER_FILE)
-        placed = maps.of(where, rank.place, rank.chunks, state, experts)
+        placed = maps.of(where, rank.place, rank.chunks, state, experts=experts)
         self._buffers[rank.place, experts] = placed
         for entry, buffer in zip(placed, state.buffers, strict=True):
             if entry.chunk >= len(rank.chunks):
@@ -323,7 +253,7 @@ class _Reader:
                     continue
                 cut = cuts[entry.chunk][param.name]
                 for name in STATES:
-                    self._add(f"{PREFIX}{name}.{cut.name}", cut, buffer.tensor(entry.map, param, name), number)
+                    self._gatherer.add(f"{PREFIX}{name}.{cut.name}", cut, buffer.tensor(entry.map, param, name), number)
                 master = f"{PREFIX}{STATES[0]}.{cut.name}"
                 self._witnesses += [Witness(master, p.box, p.tensor) for p in pieces_of(cut, weight, number)]
 
@@ -334,7 +264,7 @@ class _Reader:
             for chunk, found in zip(rank.chunks, cuts[place], strict=True):
                 for name in chunk.parameters():
                     state = f"{PREFIX}{STATES[0]}.{found[name].name}"
-                    if state not in self._pieces and not _allowed(found[name].name, self._options.allow_missing):
+                    if not self._gatherer.holds(state) and not _allowed(found[name].name, self._options.allow_missing):
                         missing.setdefault(found[name].name, rank.path)
         for tp in range(self._facts.sizes.tp):
             for pp in range(self._facts.sizes.pp):
@@ -345,28 +275,10 @@ class _Reader:
                     )
         if missing:
             self._problems.add(
-                f"{self._found.path}: {len(missing)} parameters have no optimizer state: {name_some(missing)}: files or "
-                "maps are missing; frozen ones are named with --allow-missing"
+                f"{self._found.path}: {len(missing)} parameters have no optimizer state: {name_some(missing)}: files "
+                "or maps are missing; frozen ones are named with --allow-missing"
             )
-
-
-def pieces_of(cut: Cut, tensor: Tensor, rank: int) -> Iterator[Piece]:
-    """The boxes of a stored tensor, each with its own bytes."""
-    if not cut.boxes:
-        return
-    if len(cut.boxes) == 1 and cut.boxes[0].numel * len(cut.boxes) == whole(tensor.shape).numel:
-        yield Piece(tensor, cut.boxes[0], rank)
-        return
-    width = tensor.nbytes // max(whole(tensor.shape).numel, 1)
-    at = 0
-    for box in cut.boxes:
-        nbytes = box.numel * width
-        yield Piece(replace(tensor, shape=box.size, extents=part_of(tensor.extents, at, nbytes)), box, rank)
-        at += nbytes
 
 
 def _allowed(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-__all__ = ["FORMAT", "Megatron", "Options", "Rank", "is_expert", "open_megatron", "pieces_of"]

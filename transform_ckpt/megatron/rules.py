@@ -235,7 +235,7 @@ _IN_LAYER = (
     (_EXPERTS + r"weight2", _grouped_second),
 )
 _TABLE = (*_OUTSIDE, *((r"layer:" + pattern, entry) for pattern, entry in _IN_LAYER))
-_EXPERT = re.compile(r"(.*mlp\.experts\.(?:local_experts\.|linear_fc[12]\.(?:weight|bias)))(\d+)(.*)")
+_EXPERT = re.compile(r"(.*mlp\.experts\.(?:local_experts\.|linear_fc[12]\.(?:weight|bias)))(\d{1,9})(.*)")
 
 
 @lru_cache(maxsize=4096)

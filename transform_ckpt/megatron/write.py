@@ -60,7 +60,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How it is written.  `coalesced` None: no optimizer.  `maps`: buffers that are known already, by (place, experts)."""
+    """How it is written.  `coalesced` None: no optimizer.  `maps`: buffers that are known, by (place, experts)."""
 
     facts: Facts
     iteration: int | None = 1
@@ -75,7 +75,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor of one rank's chunk: its stored name, its cut, the logical tensor and the dtype that it is written as."""
+    """A tensor of one rank's chunk: stored name, cut, the logical tensor and the dtype that it is written as."""
 
     name: str
     cut: Cut
