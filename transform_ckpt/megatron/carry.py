@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from transform_ckpt.formats.torch_values import Namespace, TensorRef
+from transform_ckpt.formats.torch_zip import TorchFile
 from transform_ckpt.megatron.arguments import is_plain
 from transform_ckpt.megatron.containers import PREFIX, STATES
 from transform_ckpt.megatron.facts import Facts
@@ -17,93 +18,107 @@ from transform_ckpt.megatron.write import Model, Opaque
 from transform_ckpt.tensors import Logical, Piece, Source
 from transform_ckpt.views import whole
 
-_COMMON = ("num_floating_point_operations_so_far", "opt_param_scheduler", "checkpoint_version")
-_OWN = ("rng_state", "rerun_state_machine")
-_ELSEWHERE = ("args", "iteration", "optimizer", *_COMMON, *_OWN)
+COMMON = ("num_floating_point_operations_so_far", "opt_param_scheduler", "checkpoint_version")
+OWN = ("rng_state", "rerun_state_machine")
+_ELSEWHERE = ("args", "iteration", "optimizer", *COMMON, *OWN)
 
 
-@dataclass(slots=True)
-class _Opaques:
-    """Tensors that are carried as they are, as logical tensors of one piece."""
+class Carried:
+    """Values of ranks, with an Opaque for every tensor in them; `logicals` are those tensors, of one piece each."""
 
-    found: dict[str, Logical] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.logicals: dict[str, Logical] = {}
 
-    def carried(self, value: Any, rank: Rank, number: int) -> Any:
-        """The value with an Opaque for every tensor."""
+    def value(self, value: Any, file: TorchFile) -> Any:
+        """A value of a file for another file."""
         if isinstance(value, TensorRef):
-            name = f"opaque.{number}.{len(self.found)}"
-            tensor = stored_tensor(rank.file, name, value)
-            self.found[name] = Logical(name, tensor.dtype, tensor.shape, (Piece(tensor, whole(tensor.shape), number),))
+            name = f"opaque.{len(self.logicals)}"
+            tensor = stored_tensor(file, name, value)
+            piece = Piece(tensor, whole(tensor.shape), 0)
+            self.logicals[name] = Logical(name, tensor.dtype, tensor.shape, (piece,))
             return Opaque(name, tensor.dtype, tensor.shape)
         if type(value) in (list, tuple):
-            return type(value)(self.carried(item, rank, number) for item in value)
-        if isinstance(value, dict):
-            return {key: self.carried(item, rank, number) for key, item in value.items()}
+            return type(value)(self.value(item, file) for item in value)
+        if type(value) is dict:
+            return {key: self.value(item, file) for key, item in value.items()}
         return value
+
+    def own(self, tree: Mapping[Any, Any], file: TorchFile) -> dict[str, Any]:
+        """What belongs to one rank alone: its generators."""
+        return {key: self.value(tree[key], file) for key in OWN if tree.get(key) is not None and is_plain(tree[key])}
 
 
 def model_of(found: Megatron, target: Facts, *, optimizer: bool) -> tuple[Model, Source]:
     """The source as a writer wants it, and with the tensors of generators and extra states among its own."""
-    opaques = _Opaques()
-    numbers = {place: number for number, place in enumerate(found.ranks)}
+    carried = Carried()
     first = found.first()
     notes: list[str] = []
-    same = _same_places(found.facts, target)
-    own = {
-        place: {key: opaques.carried(rank.rest[key], rank, numbers[place]) for key in _OWN if _carries(rank, key)}
-        for place, rank in (found.ranks.items() if same and optimizer else ())
-    }
+    same = same_places(found.facts, target)
+    own = {p: carried.own(r.rest, r.file) for p, r in (found.ranks.items() if same and optimizer else ())}
     if optimizer and not same and any("rng_state" in rank.rest for rank in found.ranks.values()):
         notes.append("rng_state belongs to ranks of the old layout and is left out: resume with --no-load-rng")
     unknown = [str(key) for key in first.rest if key not in _ELSEWHERE]
     if unknown:
         notes.append(f"not carried over, of no known meaning: {', '.join(unknown)}")
-    params = {
-        name: logical for name, logical in found.source.params.items() if optimizer or not name.startswith(PREFIX)
-    }
-    others = {name: opaques.carried(value, rank, numbers[rank.place]) for name, (value, rank) in found.others.items()}
+    others = {name: carried.value(value, rank.file) for name, (value, rank) in found.others.items()}
     source = replace(
         found.source,
-        params=params,
-        states={**found.source.states, **opaques.found},
+        states={**found.source.states, **carried.logicals},
         notes=(*found.source.notes, *notes),
     )
-    args = first.rest.get("args")
     chunk = first.chunks[0]
+    keys = COMMON if optimizer else ("checkpoint_version",)
     model = Model(
-        logicals=source.params,
+        logicals={n: p for n, p in source.params.items() if optimizer or not n.startswith(PREFIX)},
         rules=found.rules,
         outline=found.outline,
         tied=bool(found.facts.tied),
         where=found.iteration.path,
         others=others,
-        kind=chunk.kind if not chunk.nested else dict,
-        args=args if isinstance(args, Namespace) else Namespace({}),
-        rest={
-            key: first.rest[key] for key in _COMMON if key in first.rest and (optimizer or key == "checkpoint_version")
-        },
+        kind=dict if chunk.nested else chunk.kind,
+        args=args_of(first),
+        rest={key: first.rest[key] for key in keys if key in first.rest},
         own=own,
         groups=list(_groups(found)) if optimizer else (),
+        same_groups=_same_groups(found),
     )
     return model, source
 
 
-def _carries(rank: Rank, key: str) -> bool:
-    return key in rank.rest and is_plain(rank.rest[key])
+def args_of(rank: Rank) -> Namespace:
+    """`args` of a rank, empty where there are none."""
+    found = rank.rest.get("args")
+    return found if isinstance(found, Namespace) else Namespace({})
 
 
-def _same_places(source: Facts, target: Facts) -> bool:
+def same_places(source: Facts, target: Facts) -> bool:
+    """Do both have the same model-parallel ranks?"""
     one, two = source.sizes, target.sizes
     return (one.tp, one.pp, one.ep) == (two.tp, two.pp, two.ep)
 
 
+def _has_optimizer(found: Megatron) -> bool:
+    return any(name.startswith(f"{PREFIX}{STATES[0]}.") for name in found.source.params)
+
+
 def _groups(found: Megatron) -> Iterator[Group]:
     """Parameter groups of every rank, each once."""
-    if not any(name.startswith(f"{PREFIX}{STATES[0]}.") for name in found.source.params):
-        return
     seen: set[Any] = set()
-    for rank in found.ranks.values():
+    for rank in found.ranks.values() if _has_optimizer(found) else ():
         for group in groups_of(rank.rest.get("optimizer"), rank.file.path):
             if marks_of(group) not in seen:
                 seen.add(marks_of(group))
                 yield group
+
+
+def _same_groups(found: Megatron) -> bool:
+    """Have all ranks the same groups in the same order?  Then that order is not the parameters'."""
+    if not _has_optimizer(found) or not found.coalesced:
+        return False
+    orders = {tuple(map(marks_of, groups_of(r.rest.get("optimizer"), r.file.path))) for r in found.ranks.values()}
+    return len(orders) == 1
+
+
+def same_layout(source: Facts, target: Facts) -> bool:
+    """Are the buffers of both the same, whatever the rules?"""
+    return replace(source, args={}) == replace(target, args={})

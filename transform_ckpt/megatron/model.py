@@ -36,7 +36,7 @@ MAX_DEPTH = 8
 
 @dataclass(slots=True)
 class Chunk:
-    """One model chunk: `tensors` and `others` (extra states) by stored name; `paths`: keys to each, in the file's order."""
+    """One model chunk: `tensors` and `others` (extra states) by stored name; `paths`: keys to each, in order."""
 
     nested: bool
     kind: type

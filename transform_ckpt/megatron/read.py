@@ -72,7 +72,11 @@ class Megatron:
     coalesced: bool | None
     versions: frozenset[tuple[int, ...]]
     buffers: Mapping[tuple[Place, bool], Sequence[Placed]]
+    numels: Mapping[tuple[Place, bool], Sequence[tuple[int, ...]]]
+    """Elements of every tensor of every buffer, padding included."""
     outline: Outline
+    cuts: Mapping[Place, Sequence[Mapping[str, Cut]]]
+    """By chunk and stored name."""
     others: Mapping[str, tuple[Any, Rank]]
     """Extra states that are not None, by global name, and the rank whose file they are in."""
 
@@ -160,6 +164,7 @@ class _Reader:
         self._notes: list[str] = []
         self._coalesced: set[bool] = set()
         self._buffers: dict[tuple[Place, bool], Sequence[Placed]] = {}
+        self._numels: dict[tuple[Place, bool], Sequence[tuple[int, ...]]] = {}
 
     def read(self) -> Megatron:
         cuts = {place: self._model(number, rank) for number, (place, rank) in enumerate(self._ranks.items())}
@@ -182,7 +187,9 @@ class _Reader:
             next(iter(self._coalesced), None),
             frozenset(maps.versions),
             self._buffers,
+            self._numels,
             self._gatherer.outline,
+            cuts,
             {name: (value, self._ranks[place]) for name, (value, place) in self._gatherer.others.items()},
         )
 
@@ -238,6 +245,7 @@ class _Reader:
         where = os.path.join(rank.path, directory.OPTIMIZER_FILE)
         placed = maps.of(where, rank.place, rank.chunks, state, experts=experts)
         self._buffers[rank.place, experts] = placed
+        self._numels[rank.place, experts] = [tuple(t.shape[0] for t in b.tensors[STATES[0]]) for b in state.buffers]
         for entry, buffer in zip(placed, state.buffers, strict=True):
             if entry.chunk >= len(rank.chunks):
                 self._problems.add(f"{where}: its map is of model chunk {entry.chunk}, the rank has {len(rank.chunks)}")

@@ -16,7 +16,7 @@ from transform_ckpt.megatron.buckets import BucketError, BufferMap
 from transform_ckpt.megatron.containers import PREFIX, STATES
 from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
-from transform_ckpt.megatron.groups import Group, arranged
+from transform_ckpt.megatron.groups import Group, arranged, marks_of
 from transform_ckpt.megatron.maps import bucket_sizes
 from transform_ckpt.megatron.names import is_expert
 from transform_ckpt.megatron.outline import Entry, Outline
@@ -37,7 +37,8 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 class Model:
     """What is written: logical tensors by Megatron's global names, how each is cut, and in which order they come.
 
-    A weight that `logicals` lacks is its master weight (optimizer.state.param.X) as `dtype`.  `others` are the extra
+    A weight that `logicals` lacks is its master weight (optimizer.state.param.X) in the type that
+    `dtypes` says, else in `dtype`.  `others` are the extra
     states that are not None.  `rest` is everything of model_optim_rng.pt beside model, args and optimizer, common to
     all ranks; `own` what only one place has (its random number generators).  `groups` are the parameter groups of
     every rank, `where` names the source in messages.
@@ -49,12 +50,15 @@ class Model:
     tied: bool
     where: str
     dtype: str | None = None
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
     kind: type = dict
     args: Namespace = field(default_factory=Namespace)
     rest: Mapping[str, Any] = field(default_factory=dict)
     own: Mapping[Place, Mapping[str, Any]] = field(default_factory=dict)
     groups: Sequence[Group] = ()
+    same_groups: bool = False
+    """Every rank has all groups, in the order that they have here."""
     gradients: str = "float32"
 
 
@@ -161,14 +165,14 @@ class _Writer:
         if known is None:
             self._problems.add(f"{self._model.where}: {name!r} is missing: find its files")
             return None
-        dtype = known.dtype if logical == name else self._model.dtype or known.dtype
+        kind = known.dtype if logical == name else self._model.dtypes.get(name) or self._model.dtype or known.dtype
         try:
             cut = write_cut(name, known.shape, self._model.rules[logical], sharding, self._layout.vocabulary)
         except InputError as error:
             self._problems.add(str(error))
             return None
         self._used.add(logical)
-        return Held(stored, cut, logical, dtype)
+        return Held(stored, cut, logical, kind)
 
     def _rank(self, place: Place, chunks: Chunks) -> list[TargetFile]:
         """Both files of a rank."""
@@ -232,6 +236,9 @@ class _Writer:
                 experts=experts,
                 all_ranks=bool(self._layout.coalesced),
             )
+            if self._model.same_groups:
+                order = [marks_of(group) for group in self._model.groups]
+                groups.sort(key=lambda g: order.index(marks_of(g)) if marks_of(g) in order else len(order))
             found.append({"optimizer": {"param_groups": groups}})
         return found if self._apart else found[0]
 

@@ -1,0 +1,213 @@
+"""Plans of conversions from and to Megatron checkpoints: what is read, how it is laid out, proven complete."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transform_ckpt import planner
+from transform_ckpt.errors import UsageError
+from transform_ckpt.megatron.buckets import parse_version
+from transform_ckpt.megatron.carry import model_of, same_layout
+from transform_ckpt.megatron.containers import PREFIX
+from transform_ckpt.megatron.facts import Facts
+from transform_ckpt.megatron.maps import MapOptions, inferred_bucket_size
+from transform_ckpt.megatron.mindspore_source import open_converted
+from transform_ckpt.megatron.mindspore_target import Converted, ConvertedOptions, lay_out_converted
+from transform_ckpt.megatron.read import Megatron, Options, open_megatron
+from transform_ckpt.megatron.resume import resumed_model
+from transform_ckpt.megatron.write import Layout, lay_out_megatron
+from transform_ckpt.planner import Plan
+
+CONTAINERS = {"list": False, "coalesced": True}
+OLDEST_COALESCED = (0, 7)
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronSource:
+    """How a Megatron checkpoint is read: flags of the command line; None is what the checkpoint says."""
+
+    iteration: int | str | None = None
+    param_map: str | None = None
+    version: str | None = None
+    bucket_size: int | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: bool = True
+    allow_missing: Sequence[str] = ()
+
+    def open(self, path: str) -> Megatron:
+        """Its headers."""
+        maps = MapOptions(self.param_map, parse_version(self.version) if self.version else None, self.bucket_size)
+        return open_megatron(path, Options(self.iteration, maps, self.given, self.optimizer, tuple(self.allow_missing)))
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronTarget:
+    """How one is written.  `layout` are sizes and layer options; what is not in it is the source's."""
+
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    iteration: int | str | None = None
+    container: str | None = None
+    version: str | None = None
+    bucket_size: int | None = None
+    vocab_divisible_by: int | None = None
+    all_places: bool = True
+
+
+_SIZES = ("tp", "pp", "vpp", "ep", "etp", "cp", "dp")
+_LAYERS = (
+    *("num_layer_list", "noop_layers", "first_stage_layers", "last_stage_layers", "layers_per_virtual_stage"),
+    "schedule",
+)
+
+
+def megatron_to_mindspore(path: str, source: MegatronSource, options: ConvertedOptions) -> tuple[Plan, Converted]:
+    """Rank directories of tensor-parallel shards, as convert_pt2ckpt makes them."""
+    found = source.open(path)
+    converted = lay_out_converted(found, options)
+    return planner.build(converted.source, converted.target), converted
+
+
+def megatron_to_megatron(path: str, source: MegatronSource, target: MegatronTarget) -> Plan:
+    """Another parallel layout, optimizer and all."""
+    found = source.open(path)
+    facts = target_facts(found.facts, target.layout)
+    optimizer = source.optimizer and found.coalesced is not None
+    model, read = model_of(found, facts, optimizer=optimizer)
+    rows = vocabulary_rows(model.logicals, model.rules, facts, target.vocab_divisible_by)
+    coalesced = _container(target, coalesced=found.coalesced) if optimizer else None
+    same = same_layout(found.facts, facts) and coalesced == found.coalesced and target.bucket_size is None
+    maps = {key: [(p.chunk, p.map) for p in placed] for key, placed in found.buffers.items()} if same else {}
+    layout = Layout(
+        facts=facts,
+        iteration=output_iteration(target.iteration, found.source.step if optimizer else None),
+        coalesced=coalesced,
+        version=_version(target, found.versions, coalesced=coalesced),
+        bucket_size=target.bucket_size or _bucket_size(found),
+        vocabulary=rows,
+        maps=maps,
+        all_places=target.all_places,
+    )
+    made = lay_out_megatron(model, layout)
+    return planner.build(read, replace(made, witnesses=found.witnesses if optimizer else ()))
+
+
+def converted_to_megatron(
+    path: str,
+    target: MegatronTarget,
+    *,
+    meta: str | None = None,
+    step: int | None = None,
+    given: Mapping[str, Any] | None = None,
+    optimizer: bool = True,
+) -> Plan:
+    """Rank directories of Megatron shards back into Megatron files, in their own layout or another."""
+    found = open_converted(path, meta, step=step, given=given)
+    facts = target_facts(found.facts, target.layout)
+    optimizer = optimizer and found.optimizer
+    model, read = resumed_model(found, facts, optimizer=optimizer)
+    recorded = found.recorded
+    held = recorded.coalesced if recorded is not None and recorded.coalesced is not None else False
+    coalesced = _container(target, coalesced=held) if optimizer else None
+    known = [recorded.version] if recorded is not None and recorded.version else []
+    # buckets are those of the run; their padding is what a container of another version has otherwise
+    same = _same_buffers(found.facts, facts) and target.bucket_size is None and coalesced in (None, held)
+    layout = Layout(
+        facts=facts,
+        iteration=output_iteration(target.iteration, found.source.step if optimizer else None),
+        coalesced=coalesced,
+        version=_version(target, known, coalesced=coalesced),
+        bucket_size=target.bucket_size,
+        vocabulary=vocabulary_rows(model.logicals, model.rules, facts, target.vocab_divisible_by),
+        maps=found.maps if same else {},
+        all_places=target.all_places,
+    )
+    return planner.build(read, lay_out_megatron(model, layout))
+
+
+def _same_buffers(source: Facts, target: Facts) -> bool:
+    """With the same model-parallel layout the run's own maps hold; dp only changes padding at the ends of buckets."""
+    sizes = replace(target.sizes, dp=source.sizes.dp, cp=source.sizes.cp)
+    return same_layout(source, replace(target, sizes=sizes))
+
+
+def target_facts(source: Facts, layout: Mapping[str, Any]) -> Facts:
+    """Facts of the destination: options that are not given are the source's where they still fit."""
+    given = {key: value for key, value in layout.items() if value not in (None, ())}
+    sizes = {key: given.pop(key) for key in _SIZES if key in given}
+    if "tp" in sizes and "etp" not in sizes:
+        sizes["etp"] = None
+    pipeline = "pp" in sizes or "vpp" in sizes or any(key in given for key in _LAYERS)
+    if not pipeline:
+        return replace(source, sizes=replace(source.sizes, **sizes), **given)
+    noop = given.get("noop_layers", ())
+    real = source.layers().num_layers
+    each = given.get("layers_per_virtual_stage")
+    total = real + len(noop)
+    pp = sizes.get("pp", source.sizes.pp)
+    if each and total % (pp * each):
+        raise UsageError(f"{total} layers do not divide into {pp} stages of chunks of {each} layers")
+    sizes["vpp"] = total // (pp * each) if each else sizes.get("vpp", 2 if given.get("schedule") else 1)
+    return replace(
+        source,
+        sizes=replace(source.sizes, **sizes),
+        num_layers=total,
+        layers_per_virtual_stage=each,
+        num_layer_list=given.get("num_layer_list", ()),
+        noop_layers=noop,
+        first_stage_layers=given.get("first_stage_layers"),
+        last_stage_layers=given.get("last_stage_layers"),
+        schedule=given.get("schedule"),
+    )
+
+
+def vocabulary_rows(
+    logicals: Mapping[str, Any], rules: Mapping[str, Any], facts: Facts, divisible_by: int | None
+) -> int | None:
+    """Rows that the vocabulary has in the destination, None where no tensor has one."""
+    rows = {p.shape[0] for n, p in logicals.items() if rules[n].vocabulary and not n.startswith(PREFIX)}
+    rows = rows or {p.shape[0] for n, p in logicals.items() if n in rules and rules[n].vocabulary}
+    if not rows:
+        return None
+    known = facts.args.get("vocab_size")
+    least = max(rows)
+    if divisible_by is not None and type(known) is int and 0 < known <= least:
+        least = known  # what is above is padding of the old layout
+    step = (divisible_by or 1) * facts.sizes.tp
+    return int(-(-least // step) * step)
+
+
+def output_iteration(given: int | str | None, step: int | None) -> int | None:
+    """The number of the destination; None is `release`."""
+    if given == "release":
+        return None
+    if given is not None:
+        return int(given)
+    return 1 if step is None else step
+
+
+def _container(target: MegatronTarget, *, coalesced: bool | None) -> bool:
+    if target.container is not None:
+        return CONTAINERS[target.container]
+    return bool(coalesced)
+
+
+def _version(target: MegatronTarget, known: Collection[tuple[int, ...]], *, coalesced: bool | None) -> tuple[int, ...]:
+    """Of megatron-core, whose rules the buffers follow."""
+    if target.version:
+        version = parse_version(target.version)
+        if coalesced is not None and (version >= OLDEST_COALESCED) != coalesced:
+            kind = "coalesced" if coalesced else "a list"
+            raise UsageError(
+                f"megatron-core {target.version} does not read {kind}: give another --container or version"
+            )
+        return version
+    fits = [v for v in known if (v >= OLDEST_COALESCED) == bool(coalesced)]
+    return max(fits, default=(0, 16, 1) if coalesced else (0, 6))
+
+
+def _bucket_size(found: Megatron) -> int | None:
+    """Of the source's first stage, where its buffers have several buckets."""
+    first = next((placed for (place, experts), placed in found.buffers.items() if not place[1] and not experts), ())
+    return inferred_bucket_size(list(first))
