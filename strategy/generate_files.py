@@ -15,6 +15,8 @@ from strategy.files import write_atomically
 from strategy.layout import Strategy
 from transform_ckpt.errors import StorageError, UsageError, name_some
 
+DIRECTORY = "strategy"
+"""Of a checkpoint whose strategy lies beside it."""
 RANK_FILE = "ckpt_strategy_rank_{rank}.ckpt"
 MERGED_FILE = MERGED_STEM + ".ckpt"
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from strategy.generate_files import DIRECTORY as STRATEGY_DIRECTORY
 from strategy.layout import Strategy
 from transform_ckpt import dtypes, planner, values
 from transform_ckpt.destination import check_destination
@@ -16,10 +17,10 @@ from transform_ckpt.errors import DifferenceError, InputError, PlanError, UsageE
 from transform_ckpt.execute import RunOptions, run
 from transform_ckpt.formats import container_of
 from transform_ckpt.planner import Plan
-from transform_ckpt.source import CHECKPOINT_2, Purpose, detect, open_source
+from transform_ckpt.source import CHECKPOINT_2, MEGATRON, Purpose, detect, open_source
 from transform_ckpt.target import TargetOptions, lay_out
 from transform_ckpt.tensors import SmallFile, Source
-from transform_ckpt.verify import STRATEGY_DIRECTORY, check_source
+from transform_ckpt.verify import check_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +64,46 @@ def open_checkpoint(
 
     With a `purpose` (some ranks of a target strategy) only files that they need are opened.
     """
-    return values.settle(open_source(os.fspath(src), read_strategy(strategy), step, allow_missing, purpose))
+    path = os.fspath(src)
+    opener = special_source(path)
+    if opener is not None:
+        return values.settle(opener(path, read_strategy(strategy), step, allow_missing))
+    return values.settle(open_source(path, read_strategy(strategy), step, allow_missing, purpose))
+
+
+def special_source(path: str) -> Callable[[str, Strategy | None, int | None, Sequence[str]], Source] | None:
+    """What opens a path that is not MindSpore's alone: Megatron's directories, and what was converted from them."""
+    from transform_ckpt.megatron.mindspore_source import is_converted
+
+    if not os.path.isdir(path):
+        return None
+    if is_converted(path):
+        return _open_converted
+    return _open_megatron if detect(path) == MEGATRON else None
+
+
+def _open_megatron(path: str, strategy: Strategy | None, step: int | None, allow_missing: Sequence[str]) -> Source:
+    from transform_ckpt.megatron.read import Options, open_megatron
+
+    if strategy is not None:
+        raise InputError(f"{path}: a Megatron checkpoint describes its own layout: drop the source strategy")
+    return open_megatron(path, Options(step, allow_missing=allow_missing)).source
+
+
+def _open_converted(path: str, strategy: Strategy | None, step: int | None, _: Sequence[str]) -> Source:
+    """Shards of Megatron in MindSpore: pt_meta says how they go together, the strategy must be of as many ranks."""
+    from transform_ckpt.megatron.as_mindspore import renamed
+    from transform_ckpt.megatron.mindspore_source import open_converted, scalar_states
+
+    found = open_converted(path, step=step)
+    sizes = found.facts.sizes
+    world = sizes.tp * sizes.pp * sizes.dp * sizes.cp
+    if strategy is not None and strategy.world != world:
+        raise InputError(
+            f"{path}: was written for {world} ranks (pt_meta), the source strategy {strategy.origin} is for "
+            f"{strategy.world}: give strategy/ beside it, or none"
+        )
+    return renamed(found.source, scalar_states(found))
 
 
 @without_collection()
@@ -157,21 +197,27 @@ def convert(
     check_destination(os.fspath(dst), overwrite=options.overwrite)
     made = plan(src, **plan_options)
 
-    if verify:
-        check_source(made.source, full=True)
-
     def check(path: str) -> None:
         written = os.path.join(path, STRATEGY_DIRECTORY) if plan_options.get("dst_parallel") else None
         verify_output(made, path, written or plan_options.get("dst_strategy"), options.progress)
 
-    job = run(made, os.fspath(dst), options, check if verify else None)
+    return carry_out(made, dst, options, check if verify else None)
+
+
+def carry_out(
+    made: Plan, dst: str | os.PathLike[str], options: RunOptions, check: Callable[[str], None] | None = None
+) -> Result:
+    """Write what a plan says; with `check` the source's own digests are looked at before, the output behind."""
+    if check is not None:
+        check_source(made.source, full=True)
+    job = run(made, os.fspath(dst), options, check)
     return Result(
         job.dst,
         len(made.target.files),
         made.write_nbytes,
         made.read_nbytes,
         job.resumed_units,
-        verify,
+        check is not None,
         (*made.notes, *job.notes),
     )
 

@@ -1,4 +1,4 @@
-"""Checksums in files: MindSpore's own (crc_check=True), checked on sources and written on request; those of zip entries."""
+"""Checksums in files: MindSpore's own (crc_check=True), checked on sources and written on request; zip entries'."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def zeros_crc32(nbytes: int) -> int:
 
 
 def storage_crcs(storages: Mapping[str, Extent], parts: Sequence[tuple[int, int, int]]) -> dict[str, int]:
-    """CRC-32 of every storage of a file, from (file offset, nbytes, CRC-32) of its parts; what no part fills is zero."""
+    """CRC-32 of a file's storages, from (file offset, nbytes, CRC-32) of their parts; what no part fills is zero."""
     waiting = sorted(parts, reverse=True)
     found: dict[str, int] = {}
     for key, extent in sorted(storages.items(), key=lambda item: (item[1].offset_bytes, item[1].nbytes)):

@@ -33,13 +33,25 @@ class MegatronSource:
     version: str | None = None
     bucket_size: int | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     optimizer: bool = True
     allow_missing: Sequence[str] = ()
+    strict: bool = False
+    """What is given must be what args says, not win over it."""
 
     def open(self, path: str) -> Megatron:
         """Its headers."""
         maps = MapOptions(self.param_map, parse_version(self.version) if self.version else None, self.bucket_size)
-        return open_megatron(path, Options(self.iteration, maps, self.given, self.optimizer, tuple(self.allow_missing)))
+        options = Options(
+            iteration=self.iteration,
+            maps=maps,
+            given=self.given,
+            defaults=self.defaults,
+            optimizer=self.optimizer,
+            allow_missing=tuple(self.allow_missing),
+            strict=self.strict,
+        )
+        return open_megatron(path, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +110,13 @@ def converted_to_megatron(
     target: MegatronTarget,
     *,
     meta: str | None = None,
+    template: str | None = None,
     step: int | None = None,
     given: Mapping[str, Any] | None = None,
     optimizer: bool = True,
 ) -> Plan:
     """Rank directories of Megatron shards back into Megatron files, in their own layout or another."""
-    found = open_converted(path, meta, step=step, given=given)
+    found = open_converted(path, meta, template=template, step=step, given=given)
     facts = target_facts(found.facts, target.layout)
     optimizer = optimizer and found.optimizer
     model, read = resumed_model(found, facts, optimizer=optimizer)
@@ -115,7 +128,7 @@ def converted_to_megatron(
     same = _same_buffers(found.facts, facts) and target.bucket_size is None and coalesced in (None, held)
     layout = Layout(
         facts=facts,
-        iteration=output_iteration(target.iteration, found.source.step if optimizer else None),
+        iteration=output_iteration(target.iteration, found.source.step or None),
         coalesced=coalesced,
         version=_version(target, known, coalesced=coalesced),
         bucket_size=target.bucket_size,

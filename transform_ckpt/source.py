@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from strategy.layout import Strategy
 from transform_ckpt.errors import InputError, PlanError, Problems, name_some, rank_ranges
 from transform_ckpt.formats import mindspore_dir, read_header
+from transform_ckpt.megatron.directory import is_megatron
 from transform_ckpt.needed import needed_ranks
 from transform_ckpt.ranks import RankReader
 from transform_ckpt.tensors import FileHeader, Logical, Piece, Source
 from transform_ckpt.views import whole
 
 MINDSPORE = "mindspore"
+MEGATRON = "megatron"
 CHECKPOINT_2 = "mindspore-checkpoint-2.0"
 
 
@@ -35,7 +37,12 @@ def detect(path: str) -> str:
         return CHECKPOINT_2
     if mindspore_dir.detect(path):
         return MINDSPORE
-    raise InputError(f"{path}: no checkpoint found here: expected rank_i/ directories, .ckpt or .safetensors files")
+    if is_megatron(path):
+        return MEGATRON
+    raise InputError(
+        f"{path}: no checkpoint found here: expected rank_i/ directories, .ckpt or .safetensors files, or Megatron's "
+        "iter_*/mp_rank_* directories"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,10 @@ def _settled(table: FileTable, logical: Logical, problems: Problems, notes: list
                 f"{where} ({_show(logical, value)}, {_show(logical, values[odd[0]])}); rank {first.rank}'s is taken"
             )
         else:
-            problems.add(f"{where}: it is a sharded weight; give a strategy that lists it")
+            problems.add(
+                f"{where}: it is a sharded weight; give a strategy that lists it, or "
+                "put pt_meta/ back beside rank directories that convert_pt2ckpt wrote"
+            )
     if text:
         try:
             value.decode("utf-32-le")

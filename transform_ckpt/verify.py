@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from strategy.generate_files import DIRECTORY as STRATEGY_DIRECTORY
 from transform_ckpt import manifest
 from transform_ckpt.digests import range_digest
 from transform_ckpt.errors import InputError, TransformError
@@ -20,8 +21,6 @@ from transform_ckpt.store import FileTable
 from transform_ckpt.tensors import Extent, FileHeader, Source, Tensor, part_of
 
 _PART = re.compile(r"(.+)\[(\d{1,19}):(\d{1,19})\]", re.DOTALL | re.ASCII)
-STRATEGY_DIRECTORY = "strategy"
-"""Of a destination whose strategy was generated: its files end in .ckpt and hold no tensors."""
 
 
 def check_tree(root: str, found: Mapping[str, Any]) -> list[str]:

@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
-from transform_ckpt.cli.options import PATH, human, json_flag, plan_flags, run_flags
+from transform_ckpt.cli.options import PATH, human, json_flag, megatron_flags, plan_flags, run_flags
 
 
 @click.command("convert")
 @click.argument("src", type=PATH)
 @click.argument("dst", type=PATH)
 @plan_flags
+@megatron_flags
 @run_flags
 @click.option("--dry-run", is_flag=True, help="Print files, bytes, free space and problems; write nothing.")
 @json_flag
@@ -25,33 +26,37 @@ def command(src: str, dst: str, dry_run: bool, as_json: bool, **flags: Any) -> N
     DST appears under its name only when it is complete; an interrupted run leaves DST.partial, and the same command
     continues it.
     """
-    from transform_ckpt.cli.plan import plan_options, show_plan
+    from transform_ckpt.cli.plan import show_plan
 
-    options = plan_options(flags)
     if dry_run:
-        show_plan(src, dst, options, overwrite=flags["overwrite"], as_json=as_json)
+        show_plan(src, dst, flags, overwrite=flags["overwrite"], as_json=as_json)
         return
-    convert(src, dst, options, flags, as_json=as_json)
+    convert(src, dst, flags, as_json=as_json)
 
 
-def convert(src: str, dst: str, options: dict[str, Any], flags: dict[str, Any], *, as_json: bool) -> None:
+def convert(src: str, dst: str, flags: dict[str, Any], *, as_json: bool) -> None:
     """Run, and print what was done."""
     from transform_ckpt import api
     from transform_ckpt.cli.progress import progress
+    from transform_ckpt.destination import check_destination
+    from transform_ckpt.routes import route
 
     started = time.monotonic()
     with progress("transform") as show:
         run_options = api.RunOptions(
             flags["workers"], flags["memory"], flags["overwrite"], not flags["no_resume"], flags["fsync"], show
         )
-        result = api.convert(src, dst, run_options=run_options, verify=flags["verify"], **options)
+        check_destination(dst, overwrite=run_options.overwrite)
+        with api.without_collection():
+            found = route(src, {**flags, "progress": show})
+        result = api.carry_out(found.plan, dst, run_options, found.check if flags["verify"] else None)
     seconds = time.monotonic() - started
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     if as_json:
         fields = ("dst", "files", "write_nbytes", "read_nbytes", "resumed_units", "verified")
-        found = {name: getattr(result, name) for name in fields}
-        print(json.dumps({"ok": True, **found, "notes": result.notes, "seconds": round(seconds, 3)}))
+        shown = {name: getattr(result, name) for name in fields}
+        print(json.dumps({"ok": True, **shown, "notes": result.notes, "seconds": round(seconds, 3)}))
         return
     resumed = f", {result.resumed_units} units kept from the interrupted run" if result.resumed_units else ""
     verified = "; read again and equal to the source" if result.verified else ""

@@ -51,6 +51,32 @@ def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+class Numbers(_IntType):
+    """`1,3`: numbers with commas."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The numbers in order."""
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"\s*\d{1,9}(\s*,\s*\d{1,9})*\s*", str(value)):
+            self.fail(f"{value!r} are no numbers: write 1,3", param, ctx)
+        return tuple(int(part) for part in str(value).split(","))
+
+
+class Iteration(_IntType):
+    """A number, or the word release."""
+
+    name = "n|release"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number or the word."""
+        if value != "release" and not re.fullmatch(r"\d{1,12}", str(value)):
+            self.fail(f"{value!r} is neither a number nor release", param, ctx)
+        return value if value == "release" else int(value)
+
+
 allow_missing_flag = click.option(
     "--allow-missing",
     multiple=True,
@@ -76,9 +102,63 @@ plan_flags = together(
     click.option("--unified", is_flag=True, help="Complete weights as part files with param_name_map.json."),
     click.option("--checkpoint-2", "checkpoint_2", is_flag=True, help="Write a MindFormers Checkpoint 2.0 directory."),
     click.option("--crc", is_flag=True, help="Write the crc_check trailer of .ckpt files."),
-    click.option("--no-optimizer", is_flag=True, help="Drop optimizer states (adam_m., adam_v., accu_grads. ...)."),
+    click.option("--no-optimizer", is_flag=True, help="Drop optimizer states (adam_m., exp_avg., distrib_optim ...)."),
     click.option("--carry", multiple=True, metavar="PATTERN", help="Names that may be in no strategy (repeatable)."),
     allow_missing_flag,
+)
+
+_SIZE = click.IntRange(min=1)
+
+megatron_flags = together(
+    *(
+        click.option(f"--{name}", type=_SIZE, help=f"Megatron destination: {what} (default: the source's).")
+        for name, what in (
+            ("tp", "tensor parallel size"),
+            ("pp", "pipeline parallel size"),
+            ("ep", "expert parallel size"),
+            ("etp", "expert tensor parallel size"),
+            ("cp", "context parallel size"),
+            ("dp", "data parallel size, which buckets are padded for"),
+        )
+    ),
+    click.option("--layers-per-virtual-stage", type=_SIZE, help="Layers of each chunk: interleaved pipeline stages."),
+    click.option("--num-layer-list", type=Numbers(), help="Layers of each stage, as 1,3."),
+    click.option("--noop-layers", type=Numbers(), help="Layers without tensors, numbered among all."),
+    click.option("--decoder-first-pipeline-num-layers", type=_SIZE, help="Layers of the first stage."),
+    click.option("--decoder-last-pipeline-num-layers", type=_SIZE, help="Layers of the last stage."),
+    click.option("--schedule", type=click.Choice(["dualpipev"]), help="MindSpeed's schedule that moves layers."),
+    click.option("--vocab-divisible-by", type=_SIZE, help="Pad the vocabulary to a multiple of this times TP."),
+    click.option("--impl", type=click.Choice(["local", "te", "mindspeed"]), help="Names of modules."),
+    click.option("--experts", type=click.Choice(["sequential", "grouped"]), help="How experts are stored."),
+    click.option("--iteration", type=Iteration(), help="Which iteration of SRC, and what DST calls it."),
+    click.option(
+        "--container",
+        "megatron_container",
+        type=click.Choice(["list", "coalesced"]),
+        help="distrib_optim.pt of megatron-core 0.6, or of 0.7 and later (default: the source's).",
+    ),
+    click.option("--megatron-core-version", metavar="0.16.1", help="Whose rules the optimizer's buffers follow."),
+    click.option("--bucket-size", type=_SIZE, help="--ddp-bucket-size of the run, in elements."),
+    click.option("--param-map-path", metavar="DIR", type=PATH, help="param_map/ of the run, or pt_meta/."),
+    *(
+        click.option(f"--src-{name}", type=_SIZE, help=f"What args of SRC lacks: {name.upper()}.")
+        for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp")
+    ),
+    click.option("--num-layers", type=_SIZE, help="What args of SRC lacks: layers, noop ones included."),
+    click.option("--num-experts", type=_SIZE, help="What args of SRC lacks: experts."),
+    click.option("--src-num-layer-list", type=Numbers(), help="Layers of each stage of SRC."),
+    click.option("--src-noop-layers", type=Numbers(), help="Layers of SRC without tensors."),
+    click.option(
+        "--naming", type=click.Choice(["mcore", "legacy", "mindspeed"]), help="Names of a MindSpore destination."
+    ),
+    click.option(
+        "--megatron-shards", is_flag=True, help="MindSpore files of Megatron's TP shards, as convert_pt2ckpt writes."
+    ),
+    click.option(
+        "--optimizer-names",
+        type=click.Choice(["exp_avg", "adam"]),
+        help="exp_avg./exp_avg_sq. (default) or adam_m./adam_v. in MindSpore.",
+    ),
 )
 
 run_flags = together(

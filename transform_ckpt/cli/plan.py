@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from transform_ckpt.cli.options import PATH, human, json_flag, plan_flags
-from transform_ckpt.errors import InputError
+from transform_ckpt.cli.options import PATH, human, json_flag, megatron_flags, plan_flags
 
 SHOWN_FILES = 12
 
@@ -19,44 +18,23 @@ SHOWN_FILES = 12
 @click.argument("src", type=PATH)
 @click.argument("dst", type=PATH)
 @plan_flags
+@megatron_flags
 @click.option("--overwrite", is_flag=True, help="DST may hold something that would be replaced.")
 @json_flag
 def command(src: str, dst: str, overwrite: bool, as_json: bool, **flags: Any) -> None:
     """Say what convert would do: files, bytes, free space, problems.  Writes nothing."""
-    show_plan(src, dst, plan_options(flags), overwrite=overwrite, as_json=as_json)
+    show_plan(src, dst, flags, overwrite=overwrite, as_json=as_json)
 
 
-def plan_options(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags as keywords of `api.plan`; formats that are not built yet are refused by name."""
-    asked = {"--from": flags["from_format"], "--to": flags["to_format"]}
-    for flag, value in asked.items():
-        if value not in (None, "mindspore"):
-            raise InputError(
-                f"{flag} {value}: this version converts mindspore checkpoints only (transform-ckpt formats)"
-            )
-    return {
-        "src_strategy": flags["src_strategy"],
-        "dst_strategy": flags["dst_strategy"],
-        "dst_parallel": flags["dst_parallel"],
-        "container": flags["container"],
-        "step": flags["step"],
-        "prefix": flags["prefix"],
-        "unified": flags["unified"],
-        "checkpoint_2": flags["checkpoint_2"],
-        "crc": flags["crc"],
-        "optimizer": not flags["no_optimizer"],
-        "carry": flags["carry"],
-        "allow_missing": flags["allow_missing"],
-    }
-
-
-def show_plan(src: str, dst: str, options: dict[str, Any], *, overwrite: bool, as_json: bool) -> None:
+def show_plan(src: str, dst: str, flags: dict[str, Any], *, overwrite: bool, as_json: bool) -> None:
     """Print the plan and what stands in its way now; UsageError when DST is occupied."""
     from transform_ckpt import api
     from transform_ckpt.destination import check_destination, free_nbytes
+    from transform_ckpt.routes import route
 
     check_destination(dst, overwrite=overwrite)
-    plan = api.plan(src, **options)
+    with api.without_collection():
+        plan = route(src, flags).plan
     free = free_nbytes(dst)
     problems = []
     if plan.write_nbytes > free:

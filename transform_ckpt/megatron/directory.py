@@ -77,6 +77,12 @@ def is_megatron(path: str) -> bool:
     return any(_RANK.fullmatch(name) for n in inner for name in _safe_listing(os.path.join(path, n)))
 
 
+def has_iteration(path: str, iteration: int | str) -> bool:
+    """Is there a directory of this iteration below a root?"""
+    names = _safe_listing(path)
+    return RELEASE in names if iteration == RELEASE else any(_number(name) == int(iteration) for name in names)
+
+
 def _safe_listing(path: str) -> list[str]:
     try:
         return os.listdir(path)

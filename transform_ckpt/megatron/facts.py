@@ -83,7 +83,7 @@ class Facts:
         return 0 if self.extend_ep else (tp // self.etp) % self.sizes.ep
 
 
-_SIZES = {
+SIZE_NAMES = {
     "tp": ("tensor_model_parallel_size",),
     "pp": ("pipeline_model_parallel_size",),
     "vpp": ("virtual_pipeline_model_parallel_size",),
@@ -109,7 +109,7 @@ def facts_of(args: Mapping[str, Any], where: str, **given: Any) -> Facts:
             return value
         return None
 
-    sizes = {key: given.get(key) or number(*names) for key, names in _SIZES.items()}
+    sizes = {key: given.get(key) or number(*names) for key, names in SIZE_NAMES.items()}
     listed = given.get("num_layer_list") or numbers_of(args.get("num_layer_list"), "num_layer_list", where)
     layers = given.get("num_layers") or number("num_layers")
     if args.get("pipeline_model_parallel_layout") not in (None, ""):

@@ -8,8 +8,8 @@ from typing import Any
 
 from strategy.megatron import MegatronError
 from transform_ckpt.errors import InputError, Problems, name_some
-from transform_ckpt.megatron import rules
 from transform_ckpt.megatron.containers import PREFIX
+from transform_ckpt.megatron.cuts import read_cuts
 from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
 from transform_ckpt.megatron.model import Chunk, is_embedding, is_tied_head, split_layer, with_layer
@@ -40,7 +40,7 @@ class Gatherer:
         """How each tensor of a chunk is cut, under its global name; the chunk's order is noted."""
         tp, pp, ep = place
         shapes = {name: tensor.shape for name, tensor in chunk.tensors.items()}
-        found = rules.read_cuts(shapes, self.facts.sharding(tp, ep), f"{where} (chunk {index})")
+        found = read_cuts(shapes, self.facts.sharding(tp, ep), f"{where} (chunk {index})")
         found = {name: self._globally(where, chunk, pp, index, cut) for name, cut in found.items()}
         if tp == 0 and not self.problems.messages:
             self._note_order(place, index, chunk, found)

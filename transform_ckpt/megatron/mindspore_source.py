@@ -13,24 +13,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from strategy.megatron import Sizes, global_rank
+from strategy.megatron import Sizes, directory_name, global_rank
 from transform_ckpt import dtypes, param_map
 from transform_ckpt.errors import InputError, name_some
 from transform_ckpt.formats import container_of, mindspore_dir, read_header, torch_zip
 from transform_ckpt.formats.files import listing
 from transform_ckpt.formats.torch_values import Namespace
+from transform_ckpt.megatron import directory
 from transform_ckpt.megatron.buckets import BucketError, BufferMap
 from transform_ckpt.megatron.containers import PREFIX, STATES
 from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts, facts_of
 from transform_ckpt.megatron.gather import Gatherer
 from transform_ckpt.megatron.mindspore_names import CONSUMED, PREFIXES, STATE_STEP, STEP, mindspore_name
-from transform_ckpt.megatron.model import EXTRA_STATE, Chunk, is_tied_head, split_layer, with_layer
+from transform_ckpt.megatron.model import EXTRA_STATE, Chunk, split_layer, with_layer
 from transform_ckpt.megatron.pt_meta import BucketSizes, Recorded, args_name, read_layout
 from transform_ckpt.megatron.rules import Rule
 from transform_ckpt.param_map import MapKey
 from transform_ckpt.store import FileTable, read_tensor
-from transform_ckpt.tensors import FileHeader, Source
+from transform_ckpt.tensors import FileHeader, Logical, Piece, Source
+from transform_ckpt.views import whole
 
 FORMAT = "mindspore-megatron"
 _MEGATRON_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
@@ -73,28 +75,46 @@ class ConvertedSource:
     notes: tuple[str, ...] = field(default=())
 
 
+def scalar_states(found: ConvertedSource) -> dict[str, Logical]:
+    """Step, learning rates and the like, of every rank's file."""
+    states: dict[str, list[Piece]] = {}
+    for number, rank in enumerate(found.ranks.values()):
+        for name, tensor in rank.header.tensors.items():
+            if _is_scalar(name):
+                states.setdefault(name, []).append(Piece(tensor, whole(tensor.shape), number))
+    return {n: Logical(n, p[0].tensor.dtype, p[0].tensor.shape, tuple(p)) for n, p in states.items()}
+
+
 def is_converted(path: str) -> bool:
     """Has the directory a pt_meta that tells what its shards are?"""
     return os.path.isfile(os.path.join(path, "pt_meta", "layout.json"))
 
 
 def open_converted(
-    path: str, meta: str | None = None, *, step: int | None = None, given: Mapping[str, Any] | None = None
+    path: str,
+    meta: str | None = None,
+    *,
+    template: str | None = None,
+    step: int | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> ConvertedSource:
-    """The rank directories at `path`, by `meta` (default: pt_meta in it); InputError names what does not fit."""
+    """The rank directories at `path`, by `meta` (default: pt_meta in it); InputError names what does not fit.
+
+    `template` is a model_optim_rng.pt, or a directory of mp_rank_*, for `args` and the like where `meta` has none.
+    """
     meta = meta or os.path.join(path, "pt_meta")
     if not os.path.isdir(meta):
         raise InputError(
             f"{path}: has no pt_meta directory, which says how its shards go together: give --param-map-path"
         )
-    return _Reader(os.path.abspath(path), os.path.abspath(meta), dict(given or {})).read(step)
+    return _Reader(os.path.abspath(path), os.path.abspath(meta), template, dict(given or {})).read(step)
 
 
 class _Reader:
-    def __init__(self, path: str, meta: str, given: dict[str, Any]) -> None:
-        self._path, self._meta, self._given = path, meta, given
+    def __init__(self, path: str, meta: str, template: str | None, given: dict[str, Any]) -> None:
+        self._path, self._meta, self._given, self._template = path, meta, given, template
         self._args = {name: os.path.join(meta, name) for name in listing(meta) if re.fullmatch(r"args_tp.*\.pt", name)}
-        sample = self._read_args(next(iter(self._args), None))
+        sample = self._read_args(next(iter(self._args), None)) or self._from_template(None)
         fields = _fields(sample)
         self._recorded = read_layout(meta, fields)
         self._facts = self._merged(fields, sample.path if sample else meta)
@@ -105,6 +125,19 @@ class _Reader:
     def _read_args(self, name: str | None) -> torch_zip.TorchFile | None:
         return None if name is None else torch_zip.read(self._args[name])
 
+    def _from_template(self, place: Place | None) -> torch_zip.TorchFile | None:
+        """A model_optim_rng.pt: the one that was given, or the place's own of a directory (any, without a place)."""
+        if self._template is None:
+            return None
+        if os.path.isfile(self._template):
+            return torch_zip.read(self._template)
+        found = directory.find(self._template)
+        if place is None:
+            return torch_zip.read(found.sample())
+        sizes = self._facts.sizes
+        own = os.path.join(found.path, directory_name(*place, pp_size=sizes.pp, ep_size=sizes.ep), directory.MODEL_FILE)
+        return torch_zip.read(own if os.path.isfile(own) else found.sample())
+
     def _merged(self, fields: Mapping[str, Any], where: str) -> Facts:
         """What was recorded, else args; flags must agree with the former and win over the latter."""
         if self._recorded is None:
@@ -114,7 +147,8 @@ class _Reader:
             known = getattr(facts.sizes, key) if hasattr(facts.sizes, key) else getattr(facts, key)
             if value not in (None, (), known) and key not in ("dp", "cp"):
                 raise InputError(f"{self._meta}: was written for {key} {known}, and {value} is given: leave it out")
-        return facts
+        replicas = {key: self._given[key] for key in ("dp", "cp") if key in self._given}
+        return replace(facts, sizes=replace(facts.sizes, **replicas))
 
     def _find_maps(self) -> dict[MapKey, str]:
         names = listing(self._meta)
@@ -137,7 +171,7 @@ class _Reader:
                 )
             header = read_header(path)
             headers.append(header)
-            args = self._read_args(self._args_of(place))
+            args = self._read_args(self._args_of(place)) or self._from_template(place)
             chunks = tuple(self._chunks(place, header, args, read))
             self._rank(number, place, header, chunks)
             strange |= header.tensors.keys() - self._used
@@ -327,7 +361,7 @@ def _with_extra(name: str, *, nested: bool) -> Iterator[tuple[str, tuple[str, ..
     """The name with its path, and an extra state behind the weights of modules that have one."""
     yield name, _path(name, nested=nested)
     module = name.removesuffix(".weight")
-    if module != name and module.rpartition(".")[2] in _EXTRAS_BEHIND and not is_tied_head(name):
+    if module != name and module.rpartition(".")[2] in _EXTRAS_BEHIND:
         yield f"{module}.{EXTRA_STATE}", _path(f"{module}.{EXTRA_STATE}", nested=nested)
 
 

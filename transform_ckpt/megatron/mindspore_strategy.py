@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from strategy.generate_files import rank_file_contents
+from strategy.generate_files import DIRECTORY, rank_file_contents
 from strategy.layout import Layout, Stage, Strategy
 from transform_ckpt.megatron.facts import Facts
 from transform_ckpt.megatron.mindspore_names import mindspore_name
 from transform_ckpt.megatron.read import Megatron
 from transform_ckpt.megatron.rules import Cut
 from transform_ckpt.tensors import SmallFile
-from transform_ckpt.verify import STRATEGY_DIRECTORY
 
 
 def strategy_files(found: Megatron, prefixes: Sequence[str]) -> tuple[SmallFile, ...]:
     """strategy/ckpt_strategy_rank_*.ckpt and the merged one; `prefixes` of the names that each weight has."""
     strategy = strategy_of(found, prefixes)
     contents = rank_file_contents(strategy, found.iteration.path)
-    return tuple(SmallFile(f"{STRATEGY_DIRECTORY}/{name}", data) for name, data in contents.items())
+    return tuple(SmallFile(f"{DIRECTORY}/{name}", data) for name, data in contents.items())
 
 
 def strategy_of(found: Megatron, prefixes: Sequence[str]) -> Strategy:

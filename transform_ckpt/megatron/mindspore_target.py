@@ -155,6 +155,12 @@ def shown_name(stored: str, cut: Cut) -> str:
     return stored if cut.name.endswith("embedding.word_embeddings.weight") and "embedding." not in stored else cut.name
 
 
+def scalar_states(found: Megatron) -> dict[str, Logical]:
+    """Step, learning rates and the like, as the first rank has them."""
+    rank = found.first()
+    return {name: _inline(name, value, rank, 0) for name, value in _scalars(found, rank).items()}
+
+
 def _scalars(found: Megatron, rank: Rank) -> dict[str, Scalar]:
     optimizer = rank.rest.get("optimizer")
     groups = groups_of(optimizer, rank.file.path) if optimizer is not None else []

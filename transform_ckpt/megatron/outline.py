@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from strategy.megatron import LayerMap
+from transform_ckpt.megatron.cuts import stored_name
 from transform_ckpt.megatron.model import TIED_HEAD, TIED_HEAD_ENTRY, is_embedding, split_layer, with_layer
-from transform_ckpt.megatron.rules import Sharding, stored_name
+from transform_ckpt.megatron.rules import Sharding
 
 _FAMILIES = (
     re.compile(r"(.*\.local_experts\.)\d+\..*"),

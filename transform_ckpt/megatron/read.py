@@ -19,7 +19,7 @@ from transform_ckpt.formats.torch_values import Namespace
 from transform_ckpt.megatron import directory
 from transform_ckpt.megatron.containers import PREFIX, STATES, State, states_of
 from transform_ckpt.megatron.directory import Iteration, Place
-from transform_ckpt.megatron.facts import Facts, facts_of
+from transform_ckpt.megatron.facts import SIZE_NAMES, Facts, facts_of
 from transform_ckpt.megatron.gather import Gatherer, pieces_of
 from transform_ckpt.megatron.maps import MapOptions, Maps, Placed
 from transform_ckpt.megatron.model import Chunk, chunks_of
@@ -38,8 +38,12 @@ class Options:
     iteration: int | str | None = None
     maps: MapOptions = field(default_factory=MapOptions)
     given: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of args, where the checkpoint's own lack a name."""
     optimizer: bool = True
     allow_missing: Sequence[str] = ()
+    strict: bool = False
+    """`given` must be what args says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +94,29 @@ def open_megatron(path: str, options: Options | None = None) -> Megatron:
     options = options or Options()
     found = directory.find(path, options.iteration)
     sample = torch_zip.read(found.sample())
-    facts = facts_of(_args(sample), sample.path, **options.given)
+    facts = facts_of({**options.defaults, **_args(sample)}, sample.path, **options.given)
+    if options.strict:
+        _check_given(
+            facts_of({**options.given, **options.defaults, **_args(sample)}, sample.path), sample.path, options
+        )
     ranks = _ranks(found, facts, sample)
     facts = _completed(facts, ranks)
     reader = _Reader(found, facts, ranks, options)
     return reader.read()
+
+
+def _check_given(facts: Facts, where: str, options: Options) -> None:
+    """InputError where a flag and args say different sizes; what args lacks, a flag may say."""
+    args = facts.args
+    problems = Problems()
+    for key, value in options.given.items():
+        if key in SIZE_NAMES:
+            known = next((args[name] for name in SIZE_NAMES[key] if args.get(name) is not None), None)
+        else:
+            known = args.get(key)
+        if isinstance(value, int) and isinstance(known, int) and known != value:
+            problems.add(f"{where}: args says {key} {known}, and {value} is given: leave the flag out, or mend it")
+    problems.raise_if_any(InputError)
 
 
 def _args(file: torch_zip.TorchFile) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""How Megatron cuts each parameter over tensor- and expert-parallel ranks: a table of names, and its inverse.
+"""By which rule Megatron cuts each parameter over tensor- and expert-parallel ranks: a table of names.
 
 A stored tensor holds boxes of a logical one, which is the tensor of a model on one rank (TP = EP = ETP = 1), but for:
 gated `linear_fc1` is [all gates; all ups], so that a shard [gate_r; up_r] is two boxes; `experts.weight1` of grouped
@@ -16,10 +16,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 
-from transform_ckpt.errors import InputError, Problems, rank_ranges
-from transform_ckpt.views import Box, Shape, whole
+from transform_ckpt.errors import InputError
+from transform_ckpt.views import Box, Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +97,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
+class Stored:
     """A stored tensor among the others of its model chunk."""
 
     name: str
@@ -129,11 +128,11 @@ class _Tensor:
         return InputError(f"{self.name!r} of shape {list(self.shape)}: {what}")
 
 
-_Found = tuple[Rule, Shape]
+Found = tuple[Rule, Shape]
 """A rule, and the stored shape with the logical tensor's axes."""
 
 
-def _first_of_mlp(tensor: _Tensor) -> _Found:
+def _first_of_mlp(tensor: Stored) -> Found:
     """Gated when it has twice as many rows as the second matrix has columns."""
     second = {"linear_fc1": "linear_fc2", "dense_h_to_4h": "dense_4h_to_h"}
     first = next(name for name in second if name in tensor.name)
@@ -143,7 +142,7 @@ def _first_of_mlp(tensor: _Tensor) -> _Found:
     return Rule(0, blocks=tensor.rows // width, expert="mlp.experts." in tensor.name), tensor.shape
 
 
-def _grouped_first(tensor: _Tensor) -> _Found:
+def _grouped_first(tensor: Stored) -> Found:
     """[H, n * 2F] is [n, H, 2, F] in memory, or [n, H, 1, F]."""
     rows, hidden = tensor.sibling("weight1$", "weight2")
     count = tensor.sharding.experts(tensor.name)
@@ -155,20 +154,20 @@ def _grouped_first(tensor: _Tensor) -> _Found:
     return GROUPED1, (count, hidden, tensor.shape[1] // rows, rows // count)
 
 
-def _grouped_second(tensor: _Tensor) -> _Found:
+def _grouped_second(tensor: Stored) -> Found:
     count = tensor.sharding.experts(tensor.name)
     if len(tensor.shape) != 2 or tensor.shape[0] % count:
         raise tensor.error(f"expected the rows of {count} experts one behind the other")
     return GROUPED2, (count, tensor.shape[0] // count, tensor.shape[1])
 
 
-def _fused_qkv(tensor: _Tensor) -> _Found:
+def _fused_qkv(tensor: Stored) -> Found:
     """MindSpeed's latent attention has both down-projections under this name, whole on every rank."""
     latent = tensor.beside("linear_kv_up_proj.weight") or tensor.beside("linear_kv_nope.weight")
     return (WHOLE if latent else ROWS), tensor.shape
 
 
-def _down_projection(tensor: _Tensor) -> _Found:
+def _down_projection(tensor: Stored) -> Found:
     """Cut in the local spec, whole in Transformer Engine's.
 
     On several ranks q_down has as many rows as q_up has columns when whole, and kv_down is as q_down; where there is no
@@ -235,119 +234,17 @@ _IN_LAYER = (
     (_EXPERTS + r"weight2", _grouped_second),
 )
 _TABLE = (*_OUTSIDE, *((r"layer:" + pattern, entry) for pattern, entry in _IN_LAYER))
-_EXPERT = re.compile(r"(.*mlp\.experts\.(?:local_experts\.|linear_fc[12]\.(?:weight|bias)))(\d{1,9})(.*)")
+EXPERT = re.compile(r"(.*mlp\.experts\.(?:local_experts\.|linear_fc[12]\.(?:weight|bias)))(\d{1,9})(.*)")
+"""What is before and behind the number of an expert, in a file or in the model."""
+
+
+def rule_of(tensor: Stored) -> Found | None:
+    """The rule of a tensor by its name and, where that leaves it open, by its shape; None for an unknown name."""
+    entry = _entry(EXPERT.sub(r"\1#\3", _LAYER.sub("layer:", tensor.name)))
+    return (entry, tensor.shape) if isinstance(entry, Rule) else entry and entry(tensor)
 
 
 @lru_cache(maxsize=4096)
-def _entry(name: str) -> Rule | Callable[[_Tensor], _Found] | None:
+def _entry(name: str) -> Rule | Callable[[Stored], Found] | None:
     """What the table has for a name with "layer:" for all up to the layer's number, and # for the expert's."""
     return next((entry for pattern, entry in _TABLE if re.fullmatch(pattern, name)), None)
-
-
-def read_cuts(shapes: Mapping[str, Shape], sharding: Sharding, where: str) -> dict[str, Cut]:
-    """All tensors of one model chunk, by stored name without "module."; InputError with all that is wrong.
-
-    On one rank (TP = EP = ETP = 1) a tensor of an unknown name is whole.
-    """
-    problems = Problems()
-    cuts: dict[str, Cut] = {}
-    unknown: set[str] = set()
-    for name, shape in shapes.items():
-        entry = _entry(_EXPERT.sub(r"\1#\3", _LAYER.sub("layer:", name)))
-        if entry is None and not sharding.alone:
-            unknown.add(re.sub(r"\.\d+\.", ".*.", name))
-            continue
-        try:
-            cuts[name] = _read_cut(_Tensor(name, shape, shapes, sharding), entry or UNKNOWN)
-        except InputError as error:
-            problems.add(f"{where}: {error}")
-    if unknown:
-        problems.add(
-            f"{where}: how TP {sharding.tp}, EP {sharding.ep} cut these is not known: {', '.join(sorted(unknown))}; "
-            "convert the checkpoint to one rank with the tool that wrote it"
-        )
-    problems.raise_if_any(InputError)
-    _check_experts(shapes, sharding, where)
-    return cuts
-
-
-def _read_cut(tensor: _Tensor, entry: Rule | Callable[[_Tensor], _Found]) -> Cut:
-    rule, local = (entry, tensor.shape) if isinstance(entry, Rule) else entry(tensor)
-    sharding = tensor.sharding
-    shape = list(local)
-    if rule.axis is not None:
-        if rule.axis >= len(shape):
-            raise tensor.error(f"expected {rule.axis + 1} axes at least, as axis {rule.axis} is cut")
-        shape[rule.axis] *= sharding.etp if rule.expert else sharding.tp
-    if rule.stacked:
-        shape[0] *= sharding.ep
-    return write_cut(_logical_name(tensor), tuple(shape), rule, sharding)
-
-
-def write_cut(name: str, shape: Shape, rule: Rule, sharding: Sharding, rows: int | None = None) -> Cut:
-    """What a rank stores of a logical tensor; InputError where it does not divide.
-
-    `rows` is how many rows of the vocabulary the target has: there may be more than `shape` has, whose place is behind
-    the boxes, or fewer.  Other tensors do not heed it.
-    """
-    if not rule.known and not sharding.alone:
-        raise InputError(f"{name!r}: how TP {sharding.tp}, EP {sharding.ep} cut it is not known: write it for one rank")
-    local = list(shape)
-    spans = [[(0, n)] for n in shape]
-
-    def cut(axis: int, length: int, blocks: int, parts: int, part: int) -> None:
-        size, rest = divmod(length, blocks * parts)
-        if rest:
-            raise InputError(
-                f"{name!r} of shape {list(shape)}: {length} on axis {axis} do not divide into "
-                f"{f'{blocks} x ' if blocks > 1 else ''}{parts} parts: choose other parallel sizes"
-            )
-        local[axis] = size * blocks
-        spans[axis] = [((block * parts + part) * size, size) for block in range(blocks)]
-
-    if rule.stacked:
-        cut(0, shape[0], 1, sharding.ep, sharding.ep_rank)
-    if rule.axis is not None:
-        length = rows if rule.vocabulary and rows is not None else shape[rule.axis]
-        over = (sharding.etp, sharding.etp_rank) if rule.expert else (sharding.tp, sharding.tp_rank)
-        cut(rule.axis, length, rule.blocks, *over)
-    stored = tuple(local)
-    if rule == GROUPED1:
-        stored = (local[1], local[0] * local[2] * local[3])
-    elif rule == GROUPED2:
-        stored = (local[0] * local[1], local[2])
-    boxes = (Box(tuple(s for s, _ in each), tuple(n for _, n in each)) for each in product(*spans))
-    return Cut(name, shape, stored, tuple(part for box in boxes if (part := box.intersect(whole(shape)))), rule)
-
-
-def stored_name(name: str, sharding: Sharding) -> str | None:
-    """A logical tensor's name in a rank's file, where experts are counted from 0; None for another EP rank's expert."""
-    match = _EXPERT.fullmatch(name)
-    if match is None:
-        return name
-    count = sharding.experts(name)
-    number = int(match[2]) - sharding.ep_rank * count
-    return f"{match[1]}{number}{match[3]}" if 0 <= number < count else None
-
-
-def _logical_name(tensor: _Tensor) -> str:
-    match = _EXPERT.fullmatch(tensor.name)
-    if match is None:
-        return tensor.name
-    count = tensor.sharding.experts(tensor.name)
-    if int(match[2]) >= count:
-        raise tensor.error(f"a rank has {count} experts, as the model has {tensor.sharding.num_experts}")
-    return f"{match[1]}{int(match[2]) + tensor.sharding.ep_rank * count}{match[3]}"
-
-
-def _check_experts(shapes: Mapping[str, Shape], sharding: Sharding, where: str) -> None:
-    """InputError unless every expert has what another one of its layer has."""
-    found: dict[tuple[str, str], set[int]] = {}
-    for match in filter(None, map(_EXPERT.fullmatch, shapes)):
-        found.setdefault((match[1], match[3]), set()).add(int(match[2]))
-    problems = Problems()
-    for (head, tail), numbers in found.items():
-        missing = set(range(sharding.experts(head))) - numbers
-        if missing:
-            problems.add(f"{where}: {head + '*' + tail!r} of experts {rank_ranges(missing)} is missing: find it")
-    problems.raise_if_any(InputError)

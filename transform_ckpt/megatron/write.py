@@ -14,13 +14,14 @@ from transform_ckpt.megatron import buckets, directory
 from transform_ckpt.megatron.arguments import args_for
 from transform_ckpt.megatron.buckets import BucketError, BufferMap
 from transform_ckpt.megatron.containers import PREFIX, STATES
+from transform_ckpt.megatron.cuts import write_cut
 from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
 from transform_ckpt.megatron.groups import Group, arranged, marks_of
 from transform_ckpt.megatron.maps import bucket_sizes
 from transform_ckpt.megatron.names import is_expert
 from transform_ckpt.megatron.outline import Entry, Outline
-from transform_ckpt.megatron.rules import Cut, Rule, Sharding, write_cut
+from transform_ckpt.megatron.rules import Cut, Rule, Sharding
 from transform_ckpt.megatron.torch_target import Part, TorchBuilder
 from transform_ckpt.tensors import Logical, SmallFile, Target, TargetFile
 from transform_ckpt.views import whole
