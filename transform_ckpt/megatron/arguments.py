@@ -30,7 +30,7 @@ def args_for(
         "num_layers": facts.num_layers,
     }
     optional = {
-        "expert_tensor_parallel_size": (sizes.etp, sizes.etp is not None),
+        "expert_tensor_parallel_size": (facts.etp, sizes.etp is not None),
         "num_layer_list": (",".join(map(str, facts.num_layer_list)) or None, bool(facts.num_layer_list)),
         "noop_layers": (_like(fields.get("noop_layers"), facts.noop_layers), bool(facts.noop_layers)),
         "decoder_first_pipeline_num_layers": (facts.first_stage_layers, facts.first_stage_layers is not None),

@@ -42,7 +42,7 @@ class Gatherer:
         shapes = {name: tensor.shape for name, tensor in chunk.tensors.items()}
         found = read_cuts(shapes, self.facts.sharding(tp, ep), f"{where} (chunk {index})")
         found = {name: self._globally(where, chunk, pp, index, cut) for name, cut in found.items()}
-        if tp == 0 and not self.problems.messages:
+        if not self.problems.messages:
             self._note_order(place, index, chunk, found)
         return found
 
@@ -64,12 +64,13 @@ class Gatherer:
         """The chunk's names in order, extra states included; a tied head is the embedding, which has its own place."""
         numbers = self.layers.chunks[place[1]][index]
         renamed = {name: cut.name for name, cut in cuts.items()}
-        extras = global_extras(chunk.others, renamed, {n: g for n, g in enumerate(numbers) if g is not None})
+        own = {name: known for name, known in renamed.items() if not is_embedding(known) or is_embedding(name)}
+        extras = global_extras(chunk.others, own, {n: g for n, g in enumerate(numbers) if g is not None})
         entries: list[Entry] = []
         for name, path in chunk.paths.items():
             known = extras[name] if name in extras else cuts[name].name
             depth = len(path)
-            if name not in extras and is_embedding(known) and not is_embedding(name):
+            if name not in extras and name not in own:
                 continue
             entries.append(Entry(known, tuple(known.split(".", depth - 1)) if depth > 1 else (known,)))
             if chunk.others.get(name) is not None:

@@ -6,12 +6,13 @@ reverse of named_parameters; bucket and padding rules by version.  A list of buc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from transform_ckpt import param_map
-from transform_ckpt.errors import InputError
+from transform_ckpt.errors import InputError, name_some
 from transform_ckpt.megatron import buckets
 from transform_ckpt.megatron.buckets import BucketError, BufferMap, Range
 from transform_ckpt.megatron.containers import State
@@ -44,11 +45,20 @@ class Placed:
 
 
 class Maps:
-    """Maps of every rank of a checkpoint."""
+    """Maps of every rank of a checkpoint, whose root may hold the run's param_map/: used where it fits, unasked."""
 
-    def __init__(self, options: MapOptions, facts: Facts) -> None:
+    def __init__(self, options: MapOptions, facts: Facts, root: str) -> None:
         self._options, self._facts = options, facts
-        self._files: Mapping[MapKey, str] = param_map.find(options.directory) if options.directory else {}
+        self._unasked = os.path.join(root, "param_map") if options.directory is None else None
+        self.misfit = ""
+        self._files: Mapping[MapKey, str] = {}
+        if options.directory:
+            self._files = param_map.find(options.directory)
+        elif self._unasked and os.path.isdir(self._unasked):
+            try:
+                self._files = param_map.find(self._unasked)
+            except InputError as error:
+                self.misfit = str(error)
         self._read: dict[str, BufferMap] = {}
         self.rebuilt: set[str] = set()
         self.versions: set[tuple[int, ...]] = set()
@@ -62,18 +72,12 @@ class Maps:
             key for key in self._files if (key.tp, key.pp) == (tp, pp) and key.ep == (ep if experts else None)
         )
         if keys:
-            found = [
-                Placed(key.vpp, self._map(self._files[key])) for key in sorted(keys, key=lambda k: (k.vpp, k.buffer))
-            ]
-            if len(found) != len(state.buffers):
-                raise InputError(
-                    f"{where}: has {len(state.buffers)} buffers, {self._options.directory} describes {len(found)} of "
-                    f"tp {tp}, pp {pp}: it is the param_map of another run, or of an earlier one with more chunks"
-                )
-            return [
-                replace(placed, map=buffer.fitted(placed.map))
-                for placed, buffer in zip(found, state.buffers, strict=True)
-            ]
+            try:
+                return self._from_files(where, sorted(keys, key=lambda k: (k.vpp, k.buffer)), chunks, state)
+            except InputError as error:
+                if self._unasked is None:
+                    raise
+                self.misfit = str(error)
         if self._options.directory and not experts:
             raise InputError(
                 f"{self._options.directory}: has no map of tp {tp}, pp {pp}: give the whole param_map directory of the "
@@ -81,6 +85,26 @@ class Maps:
             )
         self.rebuilt.add("experts" if experts else "dense")
         return self._rebuilt(where, pp, chunks, state, experts=experts)
+
+    def _from_files(self, where: str, keys: Sequence[MapKey], chunks: Sequence[Chunk], state: State) -> list[Placed]:
+        found = [Placed(key.vpp, self._map(self._files[key])) for key in keys]
+        folder = os.path.dirname(self._files[keys[0]])
+        if len(found) != len(state.buffers):
+            raise InputError(
+                f"{where}: has {len(state.buffers)} buffers, {folder} describes {len(found)} of tp {keys[0].tp}, "
+                f"pp {keys[0].pp}: it is the param_map of another run, or of an earlier one with more chunks"
+            )
+        for placed, key in zip(found, keys, strict=True):
+            names = chunks[placed.chunk].tensors if placed.chunk < len(chunks) else {}
+            odd = [p.name for p in placed.map.ranges if p.name not in names or names[p.name].shape != p.shape]
+            if odd:
+                raise InputError(
+                    f"{self._files[key]}: {name_some(odd)} are not in the model of {where}, or with other shapes: it "
+                    "is the param_map of another run"
+                )
+        return [
+            replace(placed, map=buffer.fitted(placed.map)) for placed, buffer in zip(found, state.buffers, strict=True)
+        ]
 
     def _map(self, path: str) -> BufferMap:
         if path not in self._read:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from strategy.megatron import LayerMap
 from transform_ckpt.megatron.cuts import stored_name
@@ -93,7 +94,10 @@ class Outline:
                 if stored is not None:
                     yield entry.name, entry.at(local, stored)
         if here == layers.last:
-            yield from ((e.name, e) for e in self.behind)
+            for entry in self.behind:
+                stored = _stored(entry.name, sharding)
+                if stored is not None:
+                    yield entry.name, entry.at(None, stored)
             if tied and not ends_meet:
                 yield from self._tied_head()
 
@@ -123,6 +127,7 @@ def _position(names: list[str], name: str, previous: str | None) -> int:
     return names.index(previous) + 1 if previous in names else len(names)
 
 
+@lru_cache(maxsize=1 << 16)
 def _family(name: str) -> str | None:
     return next((m[1] for pattern in _FAMILIES if (m := pattern.fullmatch(name))), None)
 

@@ -26,6 +26,7 @@ from transform_ckpt.megatron.model import Chunk, chunks_of
 from transform_ckpt.megatron.names import ROUTER
 from transform_ckpt.megatron.outline import Outline
 from transform_ckpt.megatron.rules import Cut, Rule
+from transform_ckpt.megatron.witness import check_witnesses
 from transform_ckpt.tensors import FileHeader, Source, Witness
 
 FORMAT = "megatron"
@@ -96,18 +97,15 @@ def open_megatron(path: str, options: Options | None = None) -> Megatron:
     sample = torch_zip.read(found.sample())
     facts = facts_of({**options.defaults, **_args(sample)}, sample.path, **options.given)
     if options.strict:
-        _check_given(
-            facts_of({**options.given, **options.defaults, **_args(sample)}, sample.path), sample.path, options
-        )
+        _check_given({**options.defaults, **_args(sample)}, sample.path, options)
     ranks = _ranks(found, facts, sample)
     facts = _completed(facts, ranks)
     reader = _Reader(found, facts, ranks, options)
     return reader.read()
 
 
-def _check_given(facts: Facts, where: str, options: Options) -> None:
+def _check_given(args: Mapping[str, Any], where: str, options: Options) -> None:
     """InputError where a flag and args say different sizes; what args lacks, a flag may say."""
-    args = facts.args
     problems = Problems()
     for key, value in options.given.items():
         if key in SIZE_NAMES:
@@ -191,10 +189,13 @@ class _Reader:
     def read(self) -> Megatron:
         cuts = {place: self._model(number, rank) for number, (place, rank) in enumerate(self._ranks.items())}
         self._problems.raise_if_any(InputError)
-        maps = Maps(self._options.maps, self._facts)
+        maps = Maps(self._options.maps, self._facts, self._found.root)
         if self._options.optimizer:
             self._optimizer(maps, cuts)
         params = self._gatherer.logicals(self._found.path)
+        if maps.misfit:
+            self._notes.append(f"a param_map is there that does not fit, and is not used: {maps.misfit}")
+        check_witnesses(params, self._witnesses)
         source = Source(
             FORMAT, self._found.path, tuple(self._headers), params, {}, self._step(), tuple(dict.fromkeys(self._notes))
         )
