@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 from transform_ckpt import param_map
@@ -24,6 +25,8 @@ from transform_ckpt.param_map import MapKey
 LATEST = (0, 16, 1)
 _COALESCED = (LATEST, (0, 10), (0, 9), (0, 8), (0, 7))
 """Versions with rules of their own, the newest first."""
+_ALIGNMENT = 64
+"""Elements: where parameters start from 0.8 on."""
 _TORCH = {"BF16": "torch.bfloat16", "F16": "torch.float16", "F32": "torch.float32"}
 
 
@@ -102,9 +105,15 @@ class Maps:
                     f"{self._files[key]}: {name_some(odd)} are not in the model of {where}, or with other shapes: it "
                     "is the param_map of another run"
                 )
-        return [
+        fitted = [
             replace(placed, map=buffer.fitted(placed.map)) for placed, buffer in zip(found, state.buffers, strict=True)
         ]
+        self.versions.update(
+            version
+            for placed, buffer in zip(fitted, state.buffers, strict=True)
+            if (version := _version_of(placed.map, coalesced=buffer.coalesced)) is not None
+        )
+        return fitted
 
     def _map(self, path: str) -> BufferMap:
         if path not in self._read:
@@ -156,6 +165,16 @@ class Maps:
             yield from (
                 (version, size) for size in bucket_sizes(self._facts, version, self._options.bucket_size, pp, chunk)
             )
+
+
+def _version_of(found: BufferMap, *, coalesced: bool) -> tuple[int, ...] | None:
+    """The newest megatron-core that lays parameters out so; None where several rules give the same."""
+    if not coalesced:
+        return (0, 6)
+    if any(param.start % _ALIGNMENT for param in found.ranges):
+        return (0, 7)
+    gaps = any(a.end != b.start and a.bucket == b.bucket for a, b in pairwise(found.ranges))
+    return LATEST if gaps else None
 
 
 def bucket_sizes(facts: Facts, version: tuple[int, ...], given: int | None, pp: int, chunk: int) -> list[int | None]:

@@ -41,14 +41,11 @@ def check_witnesses(params: Mapping[str, Logical], witnesses: Sequence[Witness])
 def _compare(table: FileTable, master: Tensor, witness: Witness, problems: Problems) -> None:
     if not dtypes.castable(master.dtype, witness.tensor.dtype):
         return
-    numel = min(SAMPLED_ELEMENTS, master.nbytes // dtypes.itemsize(master.dtype))
-    width = dtypes.itemsize(witness.tensor.dtype)
-    wanted = cast(
-        memoryview(read_part(table, master, 0, numel * dtypes.itemsize(master.dtype))),
-        master.dtype,
-        witness.tensor.dtype,
-    )
-    held = memoryview(read_part(table, witness.tensor, 0, numel * width))
+    kinds = (master.dtype, witness.tensor.dtype)
+    wide, narrow = map(dtypes.itemsize, kinds)
+    numel = min(SAMPLED_ELEMENTS, master.nbytes // wide)
+    wanted = cast(memoryview(read_part(table, master, 0, numel * wide)), *kinds)
+    held = memoryview(read_part(table, witness.tensor, 0, numel * narrow))
     at = first_difference(held, wanted, witness.tensor.dtype)
     if at is not None:
         problems.add(
