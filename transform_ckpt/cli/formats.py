@@ -15,6 +15,10 @@ TABLE = (
     ("mindspore", "complete safetensors directory", "read, write", "complete weights", "--unified"),
     ("mindspore", "remove_redundancy rank directories", "read", "strategy file or directory", ""),
     ("mindspore", "MindFormers Checkpoint 2.0", "read, write", "describes itself", "--checkpoint-2"),
+    ("mindspore", "rank_i/ of Megatron's shards", "read, write", "pt_meta/", "--naming mindspeed --megatron-shards"),
+    ("megatron", "iter_*/mp_rank_*/model_optim_rng.pt", "read, write", "args", "--to megatron --tp --pp --ep ..."),
+    ("megatron", "distrib_optim.pt, list of buckets", "read, write", "param_map/, or rebuilt", "--container list"),
+    ("megatron", "distrib_optim.pt, coalesced", "read, write", "param_map/, or rebuilt", "--container coalesced"),
 )
 
 
