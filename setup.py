@@ -16,6 +16,7 @@ BASE = [
     "click>=8.1",
     "xxhash>=3.4",
     "ml_dtypes>=0.4",
+    "isal>=1.5; platform_machine in 'x86_64 AMD64 aarch64 arm64'",
     "rich>=13.0",
 ]
 

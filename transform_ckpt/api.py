@@ -14,7 +14,7 @@ from strategy.layout import Strategy
 from transform_ckpt import dtypes, planner, values
 from transform_ckpt.destination import check_destination
 from transform_ckpt.errors import DifferenceError, InputError, PlanError, UsageError
-from transform_ckpt.execute import RunOptions, run
+from transform_ckpt.execute import RunOptions, check_crcs, run
 from transform_ckpt.formats import container_of
 from transform_ckpt.planner import Plan
 from transform_ckpt.source import CHECKPOINT_2, MEGATRON, Purpose, detect, open_source
@@ -210,6 +210,7 @@ def carry_out(
     """Write what a plan says; with `check` the source's own digests are looked at before, the output behind."""
     if check is not None:
         check_source(made.source, full=True)
+        check_crcs(made.source.headers, options, every=True)
     job = run(made, os.fspath(dst), options, check)
     return Result(
         job.dst,

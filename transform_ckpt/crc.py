@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any
 
 from transform_ckpt.errors import InputError
 from transform_ckpt.formats import ckpt, safetensors
@@ -44,7 +45,7 @@ def crc32_of(fd: int, path: str, start: int, nbytes: int, crc: int = 0) -> int:
     while at < start + nbytes:
         part = buffer[: min(len(buffer), start + nbytes - at)]
         read_fully(fd, path, at, part)
-        crc = zlib.crc32(part, crc)
+        crc = crc32(part, crc)
         at += len(part)
     return crc
 
@@ -100,8 +101,44 @@ def storage_crcs(storages: Mapping[str, Extent], parts: Sequence[tuple[int, int,
     return found
 
 
+def crc32(data: memoryview | bytes, start: int = 0) -> int:
+    """CRC-32 as zlib's; by ISA-L, twenty times faster, where it is installed."""
+    return _crc32()(data, start)
+
+
+@cache
+def _crc32() -> Callable[[Any, int], int]:
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return zlib.crc32
+    found: Callable[[Any, int], int] = isal_zlib.crc32
+    return found
+
+
+def has_crcs(header: FileHeader) -> bool:
+    """Does the file say a checksum of its own, of all or of each tensor?"""
+    return header.crc32 is not None or bool(header.tensor_crcs)
+
+
+def check_tensor_crcs(header: FileHeader) -> None:
+    """InputError when a tensor's bytes are not those that its own checksum was made of."""
+    with open_binary(header.path, "checking its checksums") as (fd, _):
+        for name, wanted in header.tensor_crcs.items():
+            extent = header.tensors[name].extents[0]
+            if crc32_of(fd, header.path, extent.offset_bytes, extent.nbytes) != wanted:
+                raise InputError(
+                    f"{header.path}: the bytes of {name!r} do not fit their checksum: the file is damaged: fetch or "
+                    "save it again"
+                )
+
+
 def check_crc(header: FileHeader) -> None:
-    """InputError when a file's own checksum does not fit its bytes."""
+    """InputError when a file's own checksum, or that of a tensor, does not fit its bytes."""
+    if header.tensor_crcs:
+        check_tensor_crcs(header)
+    if header.crc32 is None:
+        return
     with open_binary(header.path, "checking its crc") as (fd, _):
         if header.format == safetensors.FORMAT:
             found = 0

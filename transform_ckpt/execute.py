@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transform_ckpt import manifest, workers
-from transform_ckpt.crc import check_crc, has_trailer, storage_crcs, write_crc
+from transform_ckpt.crc import check_crc, crc32, has_crcs, has_trailer, storage_crcs, write_crc
 from transform_ckpt.destination import (
     check_destination,
     check_not_inside,
@@ -314,7 +313,7 @@ class _Sum:
     def update(self, data: memoryview) -> None:
         self.hasher.update(data)
         if self.crc is not None:
-            self.crc = zlib.crc32(data, self.crc)
+            self.crc = crc32(data, self.crc)
 
     def text(self) -> str:
         digest: str = self.hasher.hexdigest()
@@ -372,9 +371,12 @@ class _UnitWorker:
         return [(self._paths[p.file], p.extents) for p in places]
 
 
-def check_crcs(headers: Sequence[FileHeader], options: RunOptions) -> None:
-    """Every source file with a checksum of its own is read through before anything is written."""
-    checked = [h for h in headers if h.crc32 is not None]
+def check_crcs(headers: Sequence[FileHeader], options: RunOptions, *, every: bool = False) -> None:
+    """Every source file with a checksum of its own is read through before anything is written.
+
+    Those that have one for each tensor (torch.save writes it, and torch.load never looks) only with `every`.
+    """
+    checked = [h for h in headers if (has_crcs(h) if every else h.crc32 is not None)]
     total = sum(h.nbytes for h in checked)
 
     def work(index: int, advance: Callable[[int], None]) -> None:

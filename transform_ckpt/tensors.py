@@ -83,6 +83,8 @@ class FileHeader:
     metadata: Mapping[str, str] = field(default_factory=dict)
     crc32: int | None = None
     crc_nbytes: int = 0
+    tensor_crcs: Mapping[str, int] = field(default_factory=dict)
+    """CRC-32 of single tensors, where the file has one for each."""
     late: tuple[Extent, ...] = ()
     """Bytes beside the tensors' that are known only when these are: checksums."""
 

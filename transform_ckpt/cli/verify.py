@@ -57,7 +57,7 @@ def check(
     from transform_ckpt import api, manifest
     from transform_ckpt.cli.progress import progress
     from transform_ckpt.compare import compare, replica_differences
-    from transform_ckpt.crc import check_crc
+    from transform_ckpt.crc import check_crc, has_crcs
     from transform_ckpt.errors import InputError
     from transform_ckpt.verify import check_tree, headers_of
 
@@ -71,7 +71,7 @@ def check(
             return faults, checks
     headers = headers_of(path)
     checks.append(f"headers of {len(headers)} files")
-    crcs = [h for h in headers if h.crc32 is not None]
+    crcs = [h for h in headers if has_crcs(h)]
     for header in crcs:
         try:
             check_crc(header)

@@ -194,7 +194,7 @@ def read_header(path: str) -> FileHeader:
     listing = repr([(t.name, t.dtype, t.shape, t.extents) for t in tensors.values()]).encode()
     crc_nbytes = nbytes - CRC_NBYTES if crc is not None else 0
     late = (Extent(nbytes - CRC_VALUE_NBYTES, CRC_VALUE_NBYTES),) if crc is not None else ()
-    return FileHeader(path, FORMAT, nbytes, tensors, xxh3(listing), {}, crc, crc_nbytes, late)
+    return FileHeader(path, FORMAT, nbytes, tensors, xxh3(listing), {}, crc, crc_nbytes, late=late)
 
 
 def _join(path: str, values: Sequence[_Value]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transform_ckpt.errors import InputError
@@ -42,6 +42,8 @@ class TorchFile:
     root: str = ""
     late: tuple[Extent, ...] = ()
     """Checksums of the archive: of entries and of all."""
+    crcs: dict[str, int] = field(default_factory=dict)
+    """CRC-32 of storages by key; those that torch was told not to compute (0) are left out."""
 
     def tensors(self) -> Iterator[StoredTensor]:
         """Every tensor of the tree with its keys; see torch_tree."""
@@ -68,7 +70,8 @@ def read(path: str) -> TorchFile:
     if end != len(pickle):
         raise damaged(path, f"its pickle goes on {len(pickle) - end:,} bytes behind its end")
     extents = {key: _extent(path, archive, root, key, storage.nbytes) for key, storage in storages.found.items()}
-    return TorchFile(path, nbytes, tree, extents, xxh3(*archive.raw, pickle), root, tuple(_late(archive, root)))
+    crcs = {key: crc for key in extents if (crc := archive.entries[f"{root}/data/{key}"].crc32)}
+    return TorchFile(path, nbytes, tree, extents, xxh3(*archive.raw, pickle), root, tuple(_late(archive, root)), crcs)
 
 
 def read_header(path: str) -> FileHeader:
@@ -83,7 +86,8 @@ def header_of(found: TorchFile) -> FileHeader:
         f"data/{key}": Tensor(f"data/{key}", "U8", (extent.nbytes,), path, (extent,))
         for key, extent in found.extents.items()
     }
-    return FileHeader(path, TORCH, found.nbytes, tensors, found.digest, late=found.late)
+    crcs = {f"data/{key}": crc for key, crc in found.crcs.items()}
+    return FileHeader(path, TORCH, found.nbytes, tensors, found.digest, tensor_crcs=crcs, late=found.late)
 
 
 def _late(archive: Archive, root: str) -> Iterator[Extent]:
