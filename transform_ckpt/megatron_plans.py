@@ -8,9 +8,10 @@ from typing import Any
 
 from transform_ckpt import planner
 from transform_ckpt.errors import UsageError
-from transform_ckpt.megatron.buckets import parse_version
+from transform_ckpt.megatron.buckets import BufferMap, padding_of, parse_version
 from transform_ckpt.megatron.carry import model_of, same_layout
 from transform_ckpt.megatron.containers import PREFIX
+from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
 from transform_ckpt.megatron.maps import MapOptions, inferred_bucket_size
 from transform_ckpt.megatron.mindspore_source import open_converted
@@ -20,6 +21,7 @@ from transform_ckpt.megatron.resume import resumed_model
 from transform_ckpt.megatron.write import Layout, lay_out_megatron
 from transform_ckpt.planner import Plan
 
+Maps = Mapping[tuple[Place, bool], Sequence[tuple[int, BufferMap]]]
 CONTAINERS = {"list": False, "coalesced": True}
 OLDEST_COALESCED = (0, 7)
 
@@ -56,7 +58,10 @@ class MegatronSource:
 
 @dataclass(frozen=True, slots=True)
 class MegatronTarget:
-    """How one is written.  `layout` are sizes and layer options; what is not in it is the source's."""
+    """How one is written.  `layout` are sizes and layer options; what is not in it is the source's.
+
+    `bucket_size` in elements; 0 is one bucket for each chunk, None what the source has.
+    """
 
     layout: Mapping[str, Any] = field(default_factory=dict)
     iteration: int | str | None = None
@@ -89,16 +94,16 @@ def megatron_to_megatron(path: str, source: MegatronSource, target: MegatronTarg
     model, read = model_of(found, facts, optimizer=optimizer)
     rows = vocabulary_rows(model.logicals, model.rules, facts, target.vocab_divisible_by)
     coalesced = _container(target, coalesced=found.coalesced) if optimizer else None
-    same = same_layout(found.facts, facts) and coalesced == found.coalesced and target.bucket_size is None
-    maps = {key: [(p.chunk, p.map) for p in placed] for key, placed in found.buffers.items()} if same else {}
+    same = same_layout(found.facts, facts) and coalesced == found.coalesced and _same_rules(target, found.versions)
+    maps = {key: [(p.chunk, p.map) for p in placed] for key, placed in found.buffers.items()}
     layout = Layout(
         facts=facts,
         iteration=output_iteration(target.iteration, found.source.step if optimizer else None),
         coalesced=coalesced,
         version=_version(target, found.versions, coalesced=coalesced),
-        bucket_size=target.bucket_size or _bucket_size(found),
+        bucket_size=None if same else _bucket_size(target, maps, found.facts),
         vocabulary=rows,
-        maps=maps,
+        maps=maps if same else {},
         all_places=target.all_places,
     )
     made = lay_out_megatron(model, layout)
@@ -125,13 +130,13 @@ def converted_to_megatron(
     coalesced = _container(target, coalesced=held) if optimizer else None
     known = [recorded.version] if recorded is not None and recorded.version else []
     # buckets are those of the run; their padding is what a container of another version has otherwise
-    same = _same_buffers(found.facts, facts) and target.bucket_size is None and coalesced in (None, held)
+    same = _same_buffers(found.facts, facts) and coalesced in (None, held) and _same_rules(target, known)
     layout = Layout(
         facts=facts,
         iteration=output_iteration(target.iteration, found.source.step or None),
         coalesced=coalesced,
         version=_version(target, known, coalesced=coalesced),
-        bucket_size=target.bucket_size,
+        bucket_size=None if same else _bucket_size(target, found.maps, found.facts),
         vocabulary=vocabulary_rows(model.logicals, model.rules, facts, target.vocab_divisible_by),
         maps=found.maps if same else {},
         all_places=target.all_places,
@@ -140,7 +145,12 @@ def converted_to_megatron(
 
 
 def _same_buffers(source: Facts, target: Facts) -> bool:
-    """With the same model-parallel layout the run's own maps hold; dp only changes padding at the ends of buckets."""
+    """With the same model-parallel layout the run's own maps hold.
+
+    dp only changes padding at the ends of buckets, before which a shared embedding's bucket may begin.
+    """
+    if source.sizes.pp > 1 and (source.tied or source.args.get("mtp_num_layers")):
+        return same_layout(source, target)
     sizes = replace(target.sizes, dp=source.sizes.dp, cp=source.sizes.cp)
     return same_layout(source, replace(target, sizes=sizes))
 
@@ -149,8 +159,8 @@ def target_facts(source: Facts, layout: Mapping[str, Any]) -> Facts:
     """Facts of the destination: options that are not given are the source's where they still fit."""
     given = {key: value for key, value in layout.items() if value not in (None, ())}
     sizes = {key: given.pop(key) for key in _SIZES if key in given}
-    if "tp" in sizes and "etp" not in sizes:
-        sizes["etp"] = None
+    if "etp" not in sizes and source.etp == source.sizes.tp:
+        sizes["etp"] = None  # it goes with tp
     pipeline = "pp" in sizes or "vpp" in sizes or any(key in given for key in _LAYERS)
     if not pipeline:
         return replace(source, sizes=replace(source.sizes, **sizes), **given)
@@ -220,7 +230,17 @@ def _version(target: MegatronTarget, known: Collection[tuple[int, ...]], *, coal
     return max(fits, default=(0, 16, 1) if coalesced else (0, 6))
 
 
-def _bucket_size(found: Megatron) -> int | None:
-    """Of the source's first stage, where its buffers have several buckets."""
-    first = next((placed for (place, experts), placed in found.buffers.items() if not place[1] and not experts), ())
-    return inferred_bucket_size(list(first))
+def _same_rules(target: MegatronTarget, known: Collection[tuple[int, ...]]) -> bool:
+    """Are buffers to be as in the source, as far as the user says of them?"""
+    if target.version is None:
+        return target.bucket_size is None
+    rules = padding_of(parse_version(target.version))
+    return target.bucket_size is None and any(padding_of(version) == rules for version in known)
+
+
+def _bucket_size(target: MegatronTarget, maps: Maps, facts: Facts) -> int | None:
+    """As the user says, else of the source's first stage, where its buffers have several buckets."""
+    if target.bucket_size is not None:
+        return target.bucket_size
+    first = [buffers[0][1] for (place, experts), buffers in maps.items() if not place[1] and not experts]
+    return inferred_bucket_size(first[0] if first else None, facts)

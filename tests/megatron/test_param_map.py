@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transform_ckpt import param_map
+from transform_ckpt.megatron import live_maps
 from transform_ckpt.errors import InputError, StorageError, UsageError
 from transform_ckpt.megatron import buckets
 from transform_ckpt.param_map import FileName, MapKey
@@ -290,6 +291,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transform_ckpt import param_map
+from transform_ckpt.megatron import live_maps
 from transform_ckpt.errors import UsageError
 
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -495,7 +497,7 @@ def test_importing_is_light() -> None:
 
 def test_what_has_no_buffers_and_a_path_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="object has no parameter buffers"):
-        param_map._names(object())
+        live_maps._names(object())
     path = tmp_path / "file"
     path.write_text("")
     with pytest.raises((InputError, StorageError), match="writing it"):

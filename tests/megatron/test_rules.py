@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from strategy.megatron import LayerMap, directory_name, layer_map
 from transform_ckpt.check import exact_cover
 from transform_ckpt.errors import InputError
-from transform_ckpt.megatron.rules import Cut, Rule, Sharding, read_cuts, stored_name, write_cut
+from transform_ckpt.megatron.cuts import read_cuts, stored_name, write_cut
+from transform_ckpt.megatron.rules import Cut, Rule, Sharding
 from transform_ckpt.views import Box, whole
 
 Tensors = Iterator[tuple[str, tuple[int, ...], str]]

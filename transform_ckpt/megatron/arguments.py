@@ -51,6 +51,11 @@ def args_for(
     return Namespace({**fields, **decided}, args.kind)
 
 
+def bucket_args(size: int | None) -> dict[str, Any]:
+    """What makes Megatron take buckets of `size` elements: 0 is one bucket for each chunk, None leaves args alone."""
+    return {} if size is None else {"overlap_grad_reduce": size > 0, "ddp_bucket_size": size or None}
+
+
 def _like(old: Any, layers: tuple[int, ...]) -> Any:
     """noop_layers in the form that the source has it: MindSpeed keeps a set in memory and text on the command line."""
     if not layers:

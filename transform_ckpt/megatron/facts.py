@@ -33,6 +33,13 @@ class Facts:
     extend_ep: bool = False
     args: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.sizes.tp % self.etp:
+            raise InputError(
+                f"an expert tensor parallel size of {self.etp} does not divide TP {self.sizes.tp}: ranks that hold "
+                "different parts of an expert would share a directory: choose another"
+            )
+
     @property
     def etp(self) -> int:
         """Size of expert tensor parallelism."""
@@ -77,6 +84,12 @@ class Facts:
             etp_rank=tp % self.etp,
             num_experts=self.num_experts,
         )
+
+    def expert_rank(self, tp: int, replica: int) -> int:
+        """EP rank of a rank, by its TP rank and its place among those that share dense parameters."""
+        if self.extend_ep:
+            return replica % self.sizes.ep
+        return (replica * self.sizes.tp + tp) // self.etp % self.sizes.ep
 
     def dense_ep(self, tp: int) -> int:
         """EP rank of the first data-parallel rank of a TP rank: its directory holds the dense optimizer state."""

@@ -63,15 +63,14 @@ class Gatherer:
     def _note_order(self, place: Place, index: int, chunk: Chunk, cuts: Mapping[str, Cut]) -> None:
         """The chunk's names in order, extra states included; a tied head is the embedding, which has its own place."""
         numbers = self.layers.chunks[place[1]][index]
-        renamed = {name: cut.name for name, cut in cuts.items()}
-        own = {name: known for name, known in renamed.items() if not is_embedding(known) or is_embedding(name)}
+        own = {name: cut.name for name, cut in cuts.items() if not is_embedding(cut.name) or is_embedding(name)}
         extras = global_extras(chunk.others, own, {n: g for n, g in enumerate(numbers) if g is not None})
         entries: list[Entry] = []
         for name, path in chunk.paths.items():
-            known = extras[name] if name in extras else cuts[name].name
-            depth = len(path)
-            if name not in extras and name not in own:
+            known = extras.get(name) or own.get(name)
+            if known is None:
                 continue
+            depth = len(path)
             entries.append(Entry(known, tuple(known.split(".", depth - 1)) if depth > 1 else (known,)))
             if chunk.others.get(name) is not None:
                 self.others.setdefault(known, (chunk.others[name], place))

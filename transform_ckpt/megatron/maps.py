@@ -7,7 +7,7 @@ reverse of named_parameters; bucket and padding rules by version.  A list of buc
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -18,9 +18,9 @@ from transform_ckpt.megatron import buckets
 from transform_ckpt.megatron.buckets import BucketError, BufferMap, Range
 from transform_ckpt.megatron.containers import State
 from transform_ckpt.megatron.facts import Facts
-from transform_ckpt.megatron.model import Chunk, is_embedding, is_tied_head
+from transform_ckpt.megatron.map_files import MapKey
+from transform_ckpt.megatron.model import Chunk, is_tied_head
 from transform_ckpt.megatron.names import is_expert
-from transform_ckpt.param_map import MapKey
 
 LATEST = (0, 16, 1)
 _COALESCED = (LATEST, (0, 10), (0, 9), (0, 8), (0, 7))
@@ -186,17 +186,25 @@ def bucket_sizes(facts: Facts, version: tuple[int, ...], given: int | None, pp: 
     return [size] if overlap else [size, None] if given else [None, size]
 
 
-def inferred_bucket_size(placed: Sequence[Placed]) -> int | None:
-    """A bucket size that gives the buckets of a first chunk: some number in a range; None where there is but one.
+def inferred_bucket_size(found: BufferMap | None, facts: Facts) -> int | None:
+    """The bucket size of the run whose first chunk has this buffer; None where args say it, or there are no buckets.
 
-    A bucket is closed by the parameter that fills it, so the size is at most its length and more than that without it.
+    A bucket is closed by the parameter that fills it, so the size is at most the bucket's length, and more than its
+    length without that parameter.  The last bucket, and one before a shared embedding's own, may be closed earlier.
     """
-    found = placed[0].map if placed else None
-    if found is None or len(found.unpadded) < 2:
+    overlap = facts.args.get("overlap_grad_reduce")
+    if found is None or overlap is False or (overlap and facts.args.get("ddp_bucket_size")):
+        return None
+    names = [param.name for param in found.ranges]
+    closed = found.unpadded[: -2 if is_shared(names[-1], names, facts) else -1]
+    if not closed:
         return None
     last = {param.bucket: param.numel for param in found.ranges}
-    least = max(size - last[bucket] + 1 for bucket, size in enumerate(found.unpadded[:-1]))
-    most = min(found.unpadded[:-1])
+    least = max(size - last[bucket] + 1 for bucket, size in enumerate(closed))
+    most = min(closed)
+    default = buckets.default_bucket_size(LATEST, facts.sizes.dp)
+    if overlap and least <= default <= most:
+        return None
     return most if least <= most else None
 
 
@@ -204,21 +212,28 @@ def parameters(chunk: Chunk, facts: Facts, *, experts: bool) -> list[buckets.Par
     """The trainable parameters of a chunk that one optimizer has, in named_parameters order."""
     apart = facts.sizes.ep > 1 or facts.extend_ep
     return [
-        (name, _TORCH.get(tensor.dtype, f"torch.{tensor.dtype.lower()}"), tensor.shape, is_shared(name, chunk, facts))
+        (
+            name,
+            _TORCH.get(tensor.dtype, f"torch.{tensor.dtype.lower()}"),
+            tensor.shape,
+            is_shared(name, chunk.tensors, facts),
+        )
         for name, tensor in chunk.parameters().items()
         if (apart and is_expert(name)) == experts
     ]
 
 
-def is_shared(name: str, chunk: Chunk, facts: Facts) -> bool:
-    """Is it an embedding that two stages hold?  Megatron gives such one a bucket of its own."""
-    if facts.sizes.pp == 1 or not name.endswith(".weight"):
+def is_shared(name: str, names: Iterable[str], facts: Facts) -> bool:
+    """Is it an embedding that two stages hold, in a chunk of these names?  Megatron gives such one a bucket of its own.
+
+    Multi-token prediction has the embedding in the last stage; a tied output layer beside it is no longer shared.
+    """
+    if facts.sizes.pp == 1 or not (is_tied_head(name) or name.endswith("embedding.word_embeddings.weight")):
         return False
-    if any(n.startswith("mtp.") for n in chunk.tensors) and is_embedding(name) and "word_embeddings" in name:
-        return True
-    if not facts.tied:
-        return False
-    return is_tied_head(name) or name.endswith("embedding.word_embeddings.weight")
+    predicts = any(other.startswith("mtp.") for other in names)
+    if is_tied_head(name):
+        return bool(facts.tied) and not predicts
+    return bool(facts.tied or predicts or facts.args.get("mtp_num_layers"))
 
 
 def _by_dtype(params: Sequence[buckets.Parameter]) -> list[list[buckets.Parameter]]:

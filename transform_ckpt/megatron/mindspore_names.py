@@ -6,6 +6,7 @@ rest stays; states have prefixes.  MindFormers calls the same states adam_m. and
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,15 @@ _STYLES = {"lr_decay_style": LR_DECAY_STYLES, "wd_incr_style": WD_INCR_STYLES}
 _FLOATS = ("max_lr", "min_lr", "start_wd", "end_wd")
 _NUMBERS = ("lr_warmup_steps", "num_steps", "lr_decay_steps", "wd_incr_steps")
 STEP, STATE_STEP, CONSUMED = "step_num", "state_step", "consumed_train_samples"
+_OWN_SCALARS = frozenset((*_FLOATS, *_NUMBERS, *_STYLES, "epoch_num", STEP, STATE_STEP, CONSUMED))
+
+
+_GROUP_SCALAR = re.compile(r".*_group_\d+")
+
+
+def is_scalar(name: str) -> bool:
+    """Is this one of the values that `scalars` writes, and no parameter?"""
+    return name in _OWN_SCALARS or _GROUP_SCALAR.fullmatch(name) is not None
 
 
 def mindspore_name(name: str) -> str:

@@ -10,42 +10,32 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from strategy.megatron import Sizes, directory_name, global_rank
-from transform_ckpt import dtypes, param_map
+from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError, name_some
-from transform_ckpt.formats import container_of, mindspore_dir, read_header, torch_zip
-from transform_ckpt.formats.files import listing
-from transform_ckpt.formats.torch_values import Namespace
-from transform_ckpt.megatron import directory
+from transform_ckpt.formats import read_header, torch_zip
 from transform_ckpt.megatron.buckets import BucketError, BufferMap
 from transform_ckpt.megatron.containers import PREFIX, STATES
+from transform_ckpt.megatron.converted_meta import ConvertedMeta, files_of, places_of, ranks_of
 from transform_ckpt.megatron.directory import Place
-from transform_ckpt.megatron.facts import Facts, facts_of
+from transform_ckpt.megatron.facts import Facts
 from transform_ckpt.megatron.gather import Gatherer
-from transform_ckpt.megatron.mindspore_names import CONSUMED, PREFIXES, STATE_STEP, STEP, mindspore_name
+from transform_ckpt.megatron.mindspore_names import PREFIXES, STEP, is_scalar, mindspore_name
 from transform_ckpt.megatron.model import EXTRA_STATE, Chunk, split_layer, with_layer
-from transform_ckpt.megatron.pt_meta import BucketSizes, Recorded, args_name, read_layout
+from transform_ckpt.megatron.pt_meta import BucketSizes, Recorded
 from transform_ckpt.megatron.rules import Rule
-from transform_ckpt.param_map import MapKey
 from transform_ckpt.store import FileTable, read_tensor
 from transform_ckpt.tensors import FileHeader, Logical, Piece, Source
 from transform_ckpt.views import whole
 
 FORMAT = "mindspore-megatron"
-_MEGATRON_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
 _EXTRAS_BEHIND = (
     *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "output_layer"),
     *("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
 )
 """Modules of Megatron's local layers that have an extra state (None) behind their weight."""
-_SCALAR = re.compile(r".*_group_\d+")
-_SCHEDULE = (
-    *("max_lr", "min_lr", "start_wd", "end_wd", "lr_warmup_steps", "num_steps", "lr_decay_steps", "wd_incr_steps"),
-    *("lr_decay_style", "wd_incr_style", "epoch_num", STEP, STATE_STEP, CONSUMED),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +70,7 @@ def scalar_states(found: ConvertedSource) -> dict[str, Logical]:
     states: dict[str, list[Piece]] = {}
     for number, rank in enumerate(found.ranks.values()):
         for name, tensor in rank.header.tensors.items():
-            if _is_scalar(name):
+            if is_scalar(name):
                 states.setdefault(name, []).append(Piece(tensor, whole(tensor.shape), number))
     return {n: Logical(n, p[0].tensor.dtype, p[0].tensor.shape, tuple(p)) for n, p in states.items()}
 
@@ -107,76 +97,39 @@ def open_converted(
         raise InputError(
             f"{path}: has no pt_meta directory, which says how its shards go together: give --param-map-path"
         )
-    return _Reader(os.path.abspath(path), os.path.abspath(meta), template, dict(given or {})).read(step)
+    found = ConvertedMeta(os.path.abspath(meta), template, dict(given or {}))
+    return _Reader(os.path.abspath(path), found).read(step)
 
 
 class _Reader:
-    def __init__(self, path: str, meta: str, template: str | None, given: dict[str, Any]) -> None:
-        self._path, self._meta, self._given, self._template = path, meta, given, template
-        self._args = {name: os.path.join(meta, name) for name in listing(meta) if re.fullmatch(r"args_tp.*\.pt", name)}
-        sample = self._read_args(next(iter(self._args), None)) or self._from_template(None)
-        fields = _fields(sample)
-        self._recorded = read_layout(meta, fields)
-        self._facts = self._merged(fields, sample.path if sample else meta)
-        self._maps = self._find_maps()
-        self._gatherer = Gatherer(self._facts)
+    """Gathers the files of every rank."""
+
+    def __init__(self, path: str, meta: ConvertedMeta) -> None:
+        self._path, self._meta = path, meta
+        self._facts, self._recorded = meta.facts, meta.recorded
+        self._gatherer = Gatherer(meta.facts)
         self._optimizer = False
-
-    def _read_args(self, name: str | None) -> torch_zip.TorchFile | None:
-        return None if name is None else torch_zip.read(self._args[name])
-
-    def _from_template(self, place: Place | None) -> torch_zip.TorchFile | None:
-        """A model_optim_rng.pt: the one that was given, or the place's own of a directory (any, without a place)."""
-        if self._template is None:
-            return None
-        if os.path.isfile(self._template):
-            return torch_zip.read(self._template)
-        found = directory.find(self._template)
-        if place is None:
-            return torch_zip.read(found.sample())
-        sizes = self._facts.sizes
-        own = os.path.join(found.path, directory_name(*place, pp_size=sizes.pp, ep_size=sizes.ep), directory.MODEL_FILE)
-        return torch_zip.read(own if os.path.isfile(own) else found.sample())
-
-    def _merged(self, fields: Mapping[str, Any], where: str) -> Facts:
-        """What was recorded, else args; flags must agree with the former and win over the latter."""
-        if self._recorded is None:
-            return facts_of(fields, where, **self._given)
-        facts = self._recorded.facts
-        for key, value in self._given.items():
-            known = getattr(facts.sizes, key) if hasattr(facts.sizes, key) else getattr(facts, key)
-            if value not in (None, (), known) and key not in ("dp", "cp"):
-                raise InputError(f"{self._meta}: was written for {key} {known}, and {value} is given: leave it out")
-        replicas = {key: self._given[key] for key in ("dp", "cp") if key in self._given}
-        return replace(facts, sizes=replace(facts.sizes, **replicas))
-
-    def _find_maps(self) -> dict[MapKey, str]:
-        names = listing(self._meta)
-        folder = os.path.join(self._meta, "param_map")
-        names += listing(folder) if os.path.isdir(folder) else []
-        return param_map.find(self._meta) if any(map(param_map.parse_file_name, names)) else {}
+        self._used: set[str] = set()
 
     def read(self, step: int | None) -> ConvertedSource:
-        files = self._files(step)
-        read = {place: param_map.read(path) for place, path in self._maps.items()}
+        files = files_of(self._path, self._facts, step)
         headers: list[FileHeader] = []
         ranks: dict[Place, ConvertedRank] = {}
         strange: set[str] = set()
-        for number, place in enumerate(self._places()):
+        for number, place in enumerate(places_of(self._facts)):
             path = files.get(place)
             if path is None:
-                raise InputError(
-                    f"{self._path}: has no checkpoint of tp {place[0]}, pp {place[1]}"
-                    f"{f', ep {place[2]}' if self._facts.sizes.ep > 1 else ''} ({self._expected(place)}): fetch it"
-                )
+                shown = f"tp {place[0]}, pp {place[1]}" + (f", ep {place[2]}" if self._facts.sizes.ep > 1 else "")
+                expected = ranks_of(self._facts, place)[0]
+                raise InputError(f"{self._path}: has no checkpoint of {shown} (rank_{expected}): fetch it")
             header = read_header(path)
             headers.append(header)
-            args = self._read_args(self._args_of(place)) or self._from_template(place)
-            chunks = tuple(self._chunks(place, header, args, read))
+            args = self._meta.args_of(place)
+            chunks = tuple(self._chunks(place, header, args))
             self._rank(number, place, header, chunks)
             strange |= header.tensors.keys() - self._used
             ranks[place] = ConvertedRank(place, header, args, chunks, _values(header))
-        unknown = {n for n in strange if not _is_scalar(n)}
+        unknown = {n for n in strange if not is_scalar(n)}
         if unknown:
             raise InputError(
                 f"{self._path}: {len(unknown)} tensors are in no parameter map: {name_some(unknown)}: pt_meta is that "
@@ -191,63 +144,16 @@ class _Reader:
             self._gatherer.rules,
             self._gatherer,
             ranks,
-            self._buffers(read),
+            self._buffers(),
             self._recorded,
-            self._weight_dtype(read),
+            self._weight_dtype(),
             self._optimizer,
         )
 
-    def _places(self) -> Iterator[Place]:
-        sizes = self._facts.sizes
-        for pp in range(sizes.pp):
-            for tp in range(sizes.tp):
-                for ep in range(sizes.ep):
-                    if self._ranks_of((tp, pp, ep)):
-                        yield tp, pp, ep
-
-    def _ranks_of(self, place: Place) -> list[int]:
-        """Global ranks whose file may stand for a place; the first is what convert_pt2ckpt writes."""
-        facts, sizes = self._facts, self._facts.sizes
-        found = []
-        dp = max(sizes.dp, -(-sizes.ep // sizes.cp))
-        for replica in range(dp * sizes.cp):
-            ep = replica % sizes.ep if facts.extend_ep else (replica * sizes.tp + place[0]) // facts.etp % sizes.ep
-            if ep == place[2]:
-                full: Sizes = replace(sizes, dp=dp)
-                found.append(global_rank(place[0], place[1], replica // sizes.cp, replica % sizes.cp, full))
-        return found
-
-    def _expected(self, place: Place) -> str:
-        return f"rank_{self._ranks_of(place)[0]}"
-
-    def _files(self, step: int | None) -> dict[Place, str]:
-        """One file a place: of rank_{R}, or of mp_rank_TT_PPP as MindSpeed's later converters name them."""
-        if mindspore_dir.rank_dirs(self._path):
-            ranks = mindspore_dir.find(self._path, step).ranks
-            by_place = {place: [r for r in self._ranks_of(place) if r in ranks] for place in self._places()}
-            return {place: ranks[mine[0]][0] for place, mine in by_place.items() if mine}
-        found: dict[Place, str] = {}
-        for name in listing(self._path):
-            match = _MEGATRON_RANK.fullmatch(name)
-            folder = os.path.join(self._path, name)
-            files = [n for n in listing(folder) if container_of(n)] if match and os.path.isdir(folder) else []
-            if match and len(files) == 1:
-                place = (int(match[1]), int(match[2] or 0), int(match[3] or 0))
-                found[place] = os.path.join(folder, files[0])
-        if not found:
-            raise InputError(f"{self._path}: has neither rank_i nor mp_rank_TT_PPP directories with a checkpoint")
-        return found
-
-    def _args_of(self, place: Place) -> str | None:
-        names = (args_name(place, self._facts.sizes.ep), args_name((*place[:2], 0), 1))
-        return next((name for name in names if name in self._args), None)
-
-    def _chunks(
-        self, place: Place, header: FileHeader, args: torch_zip.TorchFile | None, maps: Mapping[MapKey, BufferMap]
-    ) -> Iterator[Chunk]:
+    def _chunks(self, place: Place, header: FileHeader, args: torch_zip.TorchFile | None) -> Iterator[Chunk]:
         """The chunks of a rank with MindSpore's tensors under Megatron's stored names."""
         for index in range(len(self._gatherer.layers.chunks[place[1]])):
-            names, nested = self._names(place, index, args, maps)
+            names, nested = self._names(place, index, args)
             chunk = Chunk(nested, OrderedDict)
             for name, path in names:
                 chunk.paths[name] = path
@@ -276,7 +182,7 @@ class _Reader:
         return f"{match[1]}{int(match[2]) + sharding.ep_rank * sharding.experts(name)}{match[3]}"
 
     def _names(
-        self, place: Place, index: int, args: torch_zip.TorchFile | None, maps: Mapping[MapKey, BufferMap]
+        self, place: Place, index: int, args: torch_zip.TorchFile | None
     ) -> tuple[list[tuple[str, tuple[str, ...]]], bool]:
         """(stored name, path) of a chunk in the order of named_parameters, and whether the state dict nests."""
         tp, pp, ep = place
@@ -286,7 +192,7 @@ class _Reader:
             entries = self._recorded.outline.chunk(layers, pp, index, sharding, tied=bool(self._facts.tied))
             return [(entry.name, entry.path) for _, entry in entries], self._recorded.nested
         found: list[str] = []
-        for key, buffer in sorted(maps.items(), key=lambda item: item[0].ep is not None):
+        for key, buffer in sorted(self._meta.maps.items(), key=lambda item: item[0].ep is not None):
             if (key.tp, key.pp, key.vpp) == (tp, pp, index) and key.ep in (None, ep):
                 found += [param.name for param in reversed(buffer.ranges)]
         listed = args.tree.get("param_name_list") if args is not None and isinstance(args.tree, dict) else None
@@ -294,15 +200,15 @@ class _Reader:
             found = [str(name).partition(".")[2] for name in reversed(listed[index])]
         if not found:
             raise InputError(
-                f"{self._meta}: has no parameter map of tp {tp}, pp {pp}, chunk {index}, and no param_name_list: give "
-                "the whole pt_meta, or the run's param_map directory"
+                f"{self._meta.path}: has no parameter map of tp {tp}, pp {pp}, chunk {index}, and no param_name_list: "
+                "give the whole pt_meta, or the run's param_map directory"
             )
         nested = any(name.startswith("language_model.") for name in found)
         return [pair for name in found for pair in _with_extra(name, nested=nested)], nested
 
     def _rank(self, number: int, place: Place, header: FileHeader, chunks: Sequence[Chunk]) -> None:
         """Pieces of weights and states of one rank."""
-        self._used: set[str] = set()
+        self._used = set()
         names = next((n for n in PREFIXES.values() if any(t.startswith(n[STATES[1]]) for t in header.tensors)), None)
         self._optimizer = self._optimizer or names is not None
         for index, chunk in enumerate(chunks):
@@ -325,12 +231,12 @@ class _Reader:
                     self._used.add(tensor.name)
                     self._gatherer.add(f"{PREFIX}{state}.{cut.name}", cut, tensor, number)
 
-    def _buffers(self, read: Mapping[MapKey, BufferMap]) -> dict[tuple[Place, bool], list[tuple[int, BufferMap]]]:
+    def _buffers(self) -> dict[tuple[Place, bool], list[tuple[int, BufferMap]]]:
         """The run's own buffers by place, with the sizes that were recorded."""
         found: dict[tuple[Place, bool], list[tuple[int, BufferMap]]] = {}
-        for key in sorted(read, key=lambda k: (k.vpp, k.buffer)):
+        for key in sorted(self._meta.maps, key=lambda k: (k.vpp, k.buffer)):
             ep = self._facts.dense_ep(key.tp) if key.ep is None else key.ep
-            found.setdefault(((key.tp, key.pp, ep), key.ep is not None), []).append((key.vpp, read[key]))
+            found.setdefault(((key.tp, key.pp, ep), key.ep is not None), []).append((key.vpp, self._meta.maps[key]))
         if self._recorded is None:
             return found
         return {
@@ -339,22 +245,17 @@ class _Reader:
             if slot in self._recorded.buffers and len(self._recorded.buffers[slot]) == len(maps)
         }
 
-    def _weight_dtype(self, read: Mapping[MapKey, BufferMap]) -> str:
+    def _weight_dtype(self) -> str:
         """Of the model's own weights, which MindSpore has only as fp32."""
         if self._recorded is not None and self._recorded.weights:
             kinds = [kind for name, kind in self._recorded.weights.items() if name.endswith(".weight")]
             return max(set(kinds), key=kinds.count) if kinds else "BF16"
-        names = {param.dtype.removeprefix("torch.") for buffer in read.values() for param in buffer.ranges}
+        names = {param.dtype.removeprefix("torch.") for buffer in self._meta.maps.values() for param in buffer.ranges}
         codes = {d.numpy: d.code for d in dtypes.BY_CODE.values()}
         return codes.get(names.pop(), "BF16") if len(names) == 1 else "BF16"
 
 
 _EXPERT = re.compile(r"(.*\.experts\.(?:local_experts\.|linear_fc\d\.(?:weight|bias)))(\d{1,9})(|\..*)")
-
-
-def _fields(sample: torch_zip.TorchFile | None) -> Mapping[str, Any]:
-    args = sample.tree.get("args") if sample is not None and isinstance(sample.tree, dict) else None
-    return args.fields if isinstance(args, Namespace) else {}
 
 
 def _with_extra(name: str, *, nested: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -384,10 +285,6 @@ def _sized(found: BufferMap, sizes: BucketSizes) -> BufferMap:
         return BufferMap(found.ranges, unpadded)
 
 
-def _is_scalar(name: str) -> bool:
-    return name in _SCHEDULE or _SCALAR.fullmatch(name) is not None
-
-
 def _values(header: FileHeader) -> dict[str, float]:
     """Scalars of a rank's file."""
     table = FileTable(os.O_RDONLY)
@@ -395,7 +292,7 @@ def _values(header: FileHeader) -> dict[str, float]:
         return {
             name: float(value)
             for name, tensor in header.tensors.items()
-            if _is_scalar(name)
+            if is_scalar(name)
             and isinstance(value := dtypes.decode(tensor.dtype, read_tensor(table, tensor)), int | float)
         }
     finally:

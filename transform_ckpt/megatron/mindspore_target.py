@@ -117,21 +117,13 @@ def _target_ranks(found: Megatron, place: Place, *, every: bool) -> list[int]:
     tp, pp, ep = place
     sizes = found.facts.sizes
     replicas = [(dp, cp) for dp in range(sizes.dp) for cp in range(sizes.cp)]
-    mine = [(dp, cp) for dp, cp in replicas if _expert_rank(found, tp, dp * sizes.cp + cp) == ep]
+    mine = [(dp, cp) for dp, cp in replicas if found.facts.expert_rank(tp, dp * sizes.cp + cp) == ep]
     if not mine:  # args knows no dp, or fewer ranks than there are directories
         raise InputError(
             f"{found.iteration.path}: EP {sizes.ep} needs more data-parallel ranks than dp {sizes.dp} x cp {sizes.cp}: "
             "give --dp-size"
         )
     return [global_rank(tp, pp, dp, cp, sizes) for dp, cp in (mine if every else mine[:1])]
-
-
-def _expert_rank(found: Megatron, tp: int, replica: int) -> int:
-    """EP rank of a rank by its TP rank and its place among those that share dense parameters."""
-    facts = found.facts
-    if facts.extend_ep:
-        return replica % facts.sizes.ep
-    return (replica * facts.sizes.tp + tp) // facts.etp % facts.sizes.ep
 
 
 def _wanted(found: Megatron, place: Place, options: ConvertedOptions) -> Iterator[_Wanted]:

@@ -21,6 +21,8 @@ _FAMILIES = (
     re.compile(r"(.*\.experts\.linear_fc\d\.(?:weight|bias))\d+"),
 )
 EXTRA_SUFFIX = "._extra_state"
+_HEAD_EXTRA = f"output_layer{EXTRA_SUFFIX}"
+"""It is there without a weight when that is the embedding on the same rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +96,15 @@ class Outline:
                 if stored is not None:
                     yield entry.name, entry.at(local, stored)
         if here == layers.last:
+            head = list(self._tied_head()) if tied and not ends_meet else []
             for entry in self.behind:
+                if entry.name == _HEAD_EXTRA:
+                    yield from head
+                    head = []
                 stored = _stored(entry.name, sharding)
                 if stored is not None:
                     yield entry.name, entry.at(None, stored)
-            if tied and not ends_meet:
-                yield from self._tied_head()
+            yield from head
 
     def _tied_head(self) -> Iterator[tuple[str, Entry]]:
         for entry in self.before:

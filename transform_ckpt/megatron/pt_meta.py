@@ -18,13 +18,13 @@ from transform_ckpt.formats.files import open_binary
 from transform_ckpt.megatron.carry import COMMON, Carried, args_of
 from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
+from transform_ckpt.megatron.map_files import dumps, file_name
 from transform_ckpt.megatron.maps import Placed
 from transform_ckpt.megatron.model import Chunk
 from transform_ckpt.megatron.outline import Entry, Outline
 from transform_ckpt.megatron.read import Megatron, Rank
 from transform_ckpt.megatron.torch_target import TorchBuilder
 from transform_ckpt.megatron.write import transplanted
-from transform_ckpt.param_map import dumps, file_name
 from transform_ckpt.tensors import Logical, SmallFile, TargetFile
 
 DIRECTORY = "pt_meta"

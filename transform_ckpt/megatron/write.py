@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from strategy.megatron import directory_name
 from transform_ckpt.errors import InputError, Problems, name_some
 from transform_ckpt.formats.torch_values import Global, Namespace
 from transform_ckpt.megatron import buckets, directory
-from transform_ckpt.megatron.arguments import args_for
+from transform_ckpt.megatron.arguments import args_for, bucket_args
 from transform_ckpt.megatron.buckets import BucketError, BufferMap
 from transform_ckpt.megatron.containers import PREFIX, STATES
 from transform_ckpt.megatron.cuts import write_cut
 from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
 from transform_ckpt.megatron.groups import Group, arranged, marks_of
-from transform_ckpt.megatron.maps import bucket_sizes
+from transform_ckpt.megatron.maps import bucket_sizes, is_shared
 from transform_ckpt.megatron.names import is_expert
 from transform_ckpt.megatron.outline import Entry, Outline
 from transform_ckpt.megatron.rules import Cut, Rule, Sharding
@@ -65,7 +65,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How it is written.  `coalesced` None: no optimizer.  `maps`: buffers that are known, by (place, experts)."""
+    """How it is written.  `coalesced` None: no optimizer.  `maps`: buffers that are known, by (place, experts).
+
+    `bucket_size` in elements; 0 is one bucket for each chunk, None what args say.
+    """
 
     facts: Facts
     iteration: int | None = 1
@@ -100,7 +103,10 @@ def lay_out_megatron(model: Model, layout: Layout) -> Target:
 
 class _Writer:
     def __init__(self, model: Model, layout: Layout) -> None:
-        self._model, self._layout, self._facts = model, layout, layout.facts
+        said = bucket_args(layout.bucket_size) if layout.coalesced is not None else {}
+        self._model, self._layout = model, layout
+        self._facts = replace(layout.facts, args={**layout.facts.args, **said})
+        self._args = Namespace({**model.args.fields, **said}, model.args.kind)
         self._layers = layout.facts.layers()
         self._problems = Problems()
         self._used: set[str] = set()
@@ -180,7 +186,7 @@ class _Writer:
         folder = f"{self._folder}/{directory_name(*place, pp_size=self._facts.sizes.pp, ep_size=self._facts.sizes.ep)}"
         builder = TorchBuilder()
         tree: dict[str, Any] = {
-            "args": args_for(self._model.args, self._facts, place, self._layout.iteration, self._layout.vocabulary),
+            "args": args_for(self._args, self._facts, place, self._layout.iteration, self._layout.vocabulary),
             "checkpoint_version": 3.0,
             **({} if self._layout.iteration is None else {"iteration": self._layout.iteration}),
             **self._model.rest,
@@ -306,10 +312,10 @@ class _Writer:
 
     def _built(self, place: Place, chunk: int, held: Sequence[Held], *, experts: bool) -> BufferMap:
         layout, sizes = self._layout, self._facts.sizes
-        tied = self._model.tied and sizes.pp > 1
-        params = [(h.name, _torch_dtype(h.dtype), h.cut.stored, tied and _is_word_embedding(h)) for h in held]
+        names = [h.name for h in held]
+        params = [(h.name, _torch_dtype(h.dtype), h.cut.stored, is_shared(h.name, names, self._facts)) for h in held]
         dp = self._facts.experts_dp if experts else sizes.dp * sizes.cp
-        size = bucket_sizes(self._facts, layout.version, layout.bucket_size, place[1], chunk)[0]
+        size = bucket_sizes(self._facts, layout.version, None, place[1], chunk)[0]
         try:
             return buckets.build(params, version=layout.version, dp=dp, bucket_size=size)
         except BucketError as error:
@@ -337,10 +343,6 @@ def _position(key: str) -> int:
     """Megatron-LM's order of the keys of model_optim_rng.pt."""
     kind = "model" if key.startswith("model") else key
     return _KEYS.index(kind) if kind in _KEYS else len(_KEYS)
-
-
-def _is_word_embedding(held: Held) -> bool:
-    return held.cut.name.endswith("embedding.word_embeddings.weight")
 
 
 def _torch_dtype(code: str) -> str:
