@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from transform_ckpt.errors import DifferenceError, InputError, PlanError, UsageE
 from transform_ckpt.megatron.as_mindspore import renamed
 from transform_ckpt.megatron.containers import PREFIX
 from transform_ckpt.megatron.directory import has_iteration
-from transform_ckpt.megatron.mindspore_source import open_converted
+from transform_ckpt.megatron.mindspore_source import is_converted, open_converted
 from transform_ckpt.megatron.mindspore_target import ConvertedOptions, scalar_states
 from transform_ckpt.megatron.read import Options, open_megatron
 from transform_ckpt.megatron_plans import (
@@ -25,7 +25,7 @@ from transform_ckpt.megatron_plans import (
 )
 from transform_ckpt.planner import Plan
 from transform_ckpt.source import CHECKPOINT_2, MEGATRON, MINDSPORE
-from transform_ckpt.target import TargetOptions, lay_out
+from transform_ckpt.target import DEFAULT_PREFIX, TargetOptions, lay_out
 
 Flags = Mapping[str, Any]
 
@@ -56,7 +56,10 @@ def _family(kind: str) -> str:
 
 
 def _mindspore_to_mindspore(src: str, flags: Flags) -> Route:
-    _refuse(flags, _MEGATRON_TARGET, "a MindSpore destination")
+    naming = flags.get("naming")
+    if naming is not None and not (naming == "mindspeed" and is_converted(src)):
+        raise InputError(_NAMES_LATER.format(src=src, naming=naming))
+    _refuse(flags, (*_MEGATRON_TARGET, *_SHARDS), "a MindSpore destination of MindSpore tensors")
     keys = (
         *("src_strategy", "dst_strategy", "dst_parallel", "container", "step", "prefix", "unified", "checkpoint_2"),
         *("crc", "carry", "allow_missing"),
@@ -73,11 +76,13 @@ def _mindspore_to_mindspore(src: str, flags: Flags) -> Route:
 
 
 def _megatron_to_megatron(src: str, flags: Flags) -> Route:
+    _refuse(flags, _MINDSPORE_ONLY, "a Megatron destination")
     made = megatron_to_megatron(src, source_options(src, flags), target_options(flags))
     return Route(made, lambda path: _check_megatron(made, path))
 
 
 def _mindspore_to_megatron(src: str, flags: Flags) -> Route:
+    _refuse(flags, [flag for flag in _MINDSPORE_ONLY if flag != "src_strategy"], "a Megatron destination")
     made = converted_to_megatron(
         src,
         target_options(flags),
@@ -92,11 +97,10 @@ def _mindspore_to_megatron(src: str, flags: Flags) -> Route:
 def _megatron_to_mindspore(src: str, flags: Flags) -> Route:
     naming = flags.get("naming")
     if naming != "mindspeed":
-        raise InputError(
-            f"{src}: names of MindFormers ({naming or 'mcore'}) need the tables of model families, which this version "
-            "lacks: add --naming mindspeed for Megatron's own, as convert_pt2ckpt writes them"
-        )
+        raise InputError(_NAMES_LATER.format(src=src, naming=naming or "mcore"))
+    _refuse(flags, _MEGATRON_TARGET, "a MindSpore destination")
     if flags.get("megatron_shards"):
+        _refuse(flags, _COMPLETE_ONLY, "files of Megatron's shards")
         made, _ = megatron_to_mindspore(src, source_options(src, flags), converted_options(flags))
         return Route(made, lambda path: _check_converted(made, path))
     return _complete(src, flags)
@@ -193,6 +197,15 @@ _LAYOUT = {
     "schedule": "schedule",
 }
 _MEGATRON_TARGET = (*_LAYOUT.values(), "megatron_container", "vocab_divisible_by", "impl", "experts")
+_SHARDS = ("megatron_shards", "optimizer_names")
+_COMPLETE_ONLY = ("dst_strategy", "dst_parallel", "unified", "checkpoint_2", "crc", "prefix", "carry", "src_strategy")
+_MINDSPORE_ONLY = (*_COMPLETE_ONLY, *_SHARDS, "naming", "container")
+_SPELLED = {"megatron_container": "container", "container": "format"}
+_UNSET = {"prefix": DEFAULT_PREFIX}
+_NAMES_LATER = (
+    "{src}: names of MindFormers ({naming}) need the tables of model families, which this version lacks: add "
+    "--naming mindspeed for Megatron's own, as convert_pt2ckpt writes them"
+)
 
 
 def source_sizes(flags: Flags) -> dict[str, Any]:
@@ -222,10 +235,7 @@ def _source_iteration(src: str, flags: Flags) -> int | str | None:
 
 
 def target_options(flags: Flags) -> MegatronTarget:
-    """Flags about writing one; what would need another dialect is refused by name."""
-    for flag in ("impl", "experts"):
-        if flags.get(flag):
-            raise InputError(f"--{flag} {flags[flag]}: this version keeps the names that the source has: drop --{flag}")
+    """Flags about writing one."""
     return MegatronTarget(
         layout={key: flags[flag] for key, flag in _LAYOUT.items() if flags.get(flag)},
         iteration=flags.get("iteration"),
@@ -233,6 +243,8 @@ def target_options(flags: Flags) -> MegatronTarget:
         version=flags.get("megatron_core_version"),
         bucket_size=flags.get("bucket_size"),
         vocab_divisible_by=flags.get("vocab_divisible_by"),
+        impl=flags.get("impl"),
+        experts=flags.get("experts"),
     )
 
 
@@ -240,17 +252,20 @@ def converted_options(flags: Flags) -> ConvertedOptions:
     """Flags about tensor-parallel shards in MindSpore."""
     return ConvertedOptions(
         container=flags.get("container") or "ckpt",
-        prefix=flags.get("file_prefix") or "network",
         param_only=bool(flags.get("no_optimizer")),
-        every_rank=bool(flags.get("every_rank")),
         optimizer_names=flags.get("optimizer_names") or "exp_avg",
     )
 
 
-def _refuse(flags: Flags, names: tuple[str, ...], what: str) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in names if flags.get(name)]
+def _refuse(flags: Flags, names: Sequence[str], what: str) -> None:
+    """UsageError for flags that would have no effect."""
+    given = [
+        f"--{_SPELLED.get(n, n).replace('_', '-')}"
+        for n in names
+        if flags.get(n) not in (None, False, (), _UNSET.get(n))
+    ]
     if given:
-        raise UsageError(f"{', '.join(given)}: means nothing for {what}: drop it")
+        raise UsageError(f"{', '.join(given)}: has no meaning for {what}: drop it")
 
 
 _ROUTES: Mapping[tuple[str, str], Callable[[str, Flags], Route]] = {

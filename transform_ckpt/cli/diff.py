@@ -32,13 +32,14 @@ def command(
     from transform_ckpt import api
     from transform_ckpt.cli.progress import progress
     from transform_ckpt.compare import compare, logicals
+    from transform_ckpt.megatron.containers import PREFIX as MEGATRON_STATES
     from transform_ckpt.states import split_optimizer
 
     one = api.open_checkpoint(a, a_strategy, allow_missing=allow_missing)
     two = api.open_checkpoint(b, b_strategy, allow_missing=allow_missing)
     names = list({**logicals(one), **logicals(two)})
     if no_optimizer:
-        names = [n for n in names if not split_optimizer(n)[0]]
+        names = [n for n in names if not split_optimizer(n)[0] and not n.startswith(MEGATRON_STATES)]
     with progress("compare") as show:
         found = list(compare(one, two, names=names, progress=show))
     if as_json:

@@ -44,9 +44,10 @@ def describe(path: str, strategy: str | None, step: int | None) -> dict[str, Any
     """The whole answer as plain data."""
     from transform_ckpt import api
     from transform_ckpt.formats import mindspore_dir, read_header
+    from transform_ckpt.megatron.mindspore_source import is_converted
     from transform_ckpt.source import MINDSPORE
 
-    ranked = api.detect(path) == MINDSPORE and strategy is None
+    ranked = api.detect(path) == MINDSPORE and strategy is None and not is_converted(path)
     files = mindspore_dir.find(path, step) if ranked else None
     if files is not None and len(files.ranks) > 1:
         headers = {r: [read_header(p) for p in paths] for r, paths in files.ranks.items()}

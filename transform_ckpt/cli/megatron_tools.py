@@ -19,6 +19,8 @@ from transform_ckpt.cli.dropin import run_tool
 from transform_ckpt.errors import InputError, PartialError, UsageError
 
 INIT_ORDER = "tp-cp-ep-dp-pp"
+_LONGEST = 1 << 30
+"""Seconds that an alarm can be set to."""
 _SIZES = ("tp", "pp", "dp", "cp", "ep", "vpp")
 
 
@@ -128,6 +130,7 @@ def _ckpt2pt(arguments: argparse.Namespace) -> None:
         version=arguments.megatron_core_version,
         bucket_size=arguments.bucket_size,
         all_places=False,
+        keep_step=True,
     )
     with api.without_collection():
         plan = converted_to_megatron(
@@ -204,7 +207,7 @@ def _timeout(seconds: int) -> Iterator[None]:
         raise PartialError(f"--process_timeout: {seconds} s have passed; run the same command again to continue")
 
     previous = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(seconds)
+    signal.alarm(min(seconds, _LONGEST))
     try:
         yield
     finally:

@@ -29,6 +29,8 @@ class ConvertedMeta:
     def __init__(self, path: str, template: str | None, given: Mapping[str, Any]) -> None:
         """`template`: model_optim_rng.pt or a directory of them; `given`: what the user says of the layout."""
         self.path, self._given, self._template = path, given, template
+        if template is not None and not os.path.exists(template):
+            raise InputError(f"{template}: not found: --template is a model_optim_rng.pt or a directory of mp_rank_*")
         self._args = {name: os.path.join(path, name) for name in listing(path) if re.fullmatch(r"args_tp.*\.pt", name)}
         sample = self._read_args(next(iter(self._args), None)) or self._from_template(None)
         fields = _fields(sample)
@@ -62,10 +64,17 @@ class ConvertedMeta:
         if self.recorded is None:
             return facts_of(fields, where, **self._given)
         facts = self.recorded.facts
-        for key, value in self._given.items():
-            known = getattr(facts.sizes, key) if hasattr(facts.sizes, key) else getattr(facts, key)
-            if value not in (None, (), known) and key not in ("dp", "cp"):
+        sizes = {key: value for key, value in self._given.items() if hasattr(facts.sizes, key)}
+        for key, value in sizes.items():
+            known = getattr(facts.sizes, key)
+            if value not in (None, known) and key not in ("dp", "cp"):
                 raise InputError(f"{self.path}: was written for {key} {known}, and {value} is given: leave it out")
+        options = {key: value for key, value in self._given.items() if key not in sizes and value not in (None, ())}
+        for key, value in options.items():
+            if not _says_the_same(facts, key, value):
+                raise InputError(
+                    f"{self.path}: was written for {key} {getattr(facts, key)}, and {value} is given: leave it out"
+                )
         replicas = {key: self._given[key] for key in ("dp", "cp") if key in self._given}
         return replace(facts, sizes=replace(facts.sizes, **replicas))
 
@@ -74,6 +83,16 @@ class ConvertedMeta:
         folder = os.path.join(self.path, "param_map")
         names += listing(folder) if os.path.isdir(folder) else []
         return map_files.find(self.path) if any(map(map_files.parse_file_name, names)) else {}
+
+
+def _says_the_same(facts: Facts, key: str, value: Any) -> bool:
+    """Are the layers where they are with this option, too?  An equal split may be listed, as one."""
+    if getattr(facts, key) == value:
+        return True
+    try:
+        return key != "num_layers" and replace(facts, **{key: value}).layers() == facts.layers()
+    except InputError:
+        return False
 
 
 def places_of(facts: Facts) -> Iterator[Place]:

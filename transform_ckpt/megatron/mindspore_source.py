@@ -92,6 +92,8 @@ def open_converted(
 
     `template` is a model_optim_rng.pt, or a directory of mp_rank_*, for `args` and the like where `meta` has none.
     """
+    if meta is not None and not os.path.isdir(meta):
+        raise InputError(f"{meta}: not found: --param-map-path is pt_meta/ of the conversion, or param_map/ of the run")
     meta = meta or os.path.join(path, "pt_meta")
     if not os.path.isdir(meta):
         raise InputError(

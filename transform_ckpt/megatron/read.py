@@ -100,6 +100,11 @@ def open_megatron(path: str, options: Options | None = None) -> Megatron:
         _check_given({**options.defaults, **_args(sample)}, sample.path, options)
     ranks = _ranks(found, facts, sample)
     facts = _completed(facts, ranks)
+    if options.strict and options.given.get("vpp", facts.sizes.vpp) != facts.sizes.vpp:
+        raise InputError(
+            f"{sample.path}: holds {facts.sizes.vpp} model chunks, and vpp {options.given['vpp']} is given: leave the "
+            "flag out"
+        )
     reader = _Reader(found, facts, ranks, options)
     return reader.read()
 

@@ -72,6 +72,8 @@ class Layout:
 
     facts: Facts
     iteration: int | None = 1
+    step: int | None = None
+    """Of the training state, where it is another than the directory's number."""
     coalesced: bool | None = None
     version: tuple[int, ...] = (0, 16, 1)
     bucket_size: int | None = None
@@ -186,9 +188,9 @@ class _Writer:
         folder = f"{self._folder}/{directory_name(*place, pp_size=self._facts.sizes.pp, ep_size=self._facts.sizes.ep)}"
         builder = TorchBuilder()
         tree: dict[str, Any] = {
-            "args": args_for(self._args, self._facts, place, self._layout.iteration, self._layout.vocabulary),
+            "args": args_for(self._args, self._facts, place, self._step, self._layout.vocabulary),
             "checkpoint_version": 3.0,
-            **({} if self._layout.iteration is None else {"iteration": self._layout.iteration}),
+            **({} if self._step is None else {"iteration": self._step}),
             **self._model.rest,
         }
         for number, chunk in enumerate(chunks):
@@ -203,6 +205,10 @@ class _Writer:
         if optimizer is not None:
             files.append(optimizer[0].file(f"{folder}/{directory.OPTIMIZER_FILE}", optimizer[1]))
         return files
+
+    @property
+    def _step(self) -> int | None:
+        return self._layout.iteration if self._layout.step is None else self._layout.step
 
     def _state_dict(self, builder: TorchBuilder, chunk: ChunkEntries) -> Any:
         found: Any = self._model.kind()
