@@ -330,6 +330,7 @@ class _UnitWorker:
         self._reading, self._writing = FileTable(os.O_RDONLY), FileTable(os.O_RDWR)
         self._mover = Mover(block_nbytes)
         self._hasher = xxhash.xxh3_128
+        self._held = bytearray()
         self._sealed = {number for number, file in enumerate(plan.target.files) if file.seal is not None}
 
     def do(self, unit: int, advance: Callable[[int], None]) -> None:
@@ -358,7 +359,7 @@ class _UnitWorker:
         places = group.writes[index]
         found: list[Writer] = [PlaceWriter(self._writing, self._targets(places))] if places else []
         held = group.witnesses[index] if group.witnesses else ()
-        found += [WitnessWriter(self._reading, tensor, group.name) for tensor in held]
+        found += [WitnessWriter(self._reading, tensor, group.name, self._held) for tensor in held]
         return found[0] if len(found) == 1 else AllWriters(found)
 
     def close(self) -> None:

@@ -64,7 +64,14 @@ class Mover:
         self.block_nbytes = block_nbytes
         self._block = memoryview(bytearray(block_nbytes))
         self._strip = memoryview(bytearray(block_nbytes))
+        self._cast = memoryview(b"")
         self._kept: dict[tuple[Shape, Shape, Shape], list[memoryview]] = {}
+
+    def _casted(self, nbytes: int) -> memoryview:
+        """Room for a block in another dtype."""
+        if len(self._cast) < nbytes:
+            self._cast = memoryview(bytearray(max(nbytes, self.block_nbytes)))
+        return self._cast
 
     def move(
         self,
@@ -120,7 +127,7 @@ class Mover:
             data = self._scattered(block, (count, *inner), side, row)
             size = (count, *side.size[1:])
             if side.side.cast is not None:
-                data = cast(data, *side.side.cast)
+                data = cast(data, *side.side.cast, self._casted(side.side.stored_nbytes(len(data))))
                 size = (*size[:-1], side.side.stored_nbytes(size[-1]))
             if observe is not None:
                 observe(side.index, data)

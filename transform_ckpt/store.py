@@ -100,13 +100,18 @@ class PlaceWriter:
 class WitnessWriter:
     """Writes nothing: what would be written must be what a stored tensor of the source holds already."""
 
-    def __init__(self, table: FileTable, tensor: Tensor, name: str) -> None:
-        self._reader, self._tensor, self._name = TensorReader(table, tensor), tensor, name
+    def __init__(self, table: FileTable, tensor: Tensor, name: str, buffer: bytearray) -> None:
+        """`buffer` is used for every block, by any number of witnesses; it grows to the length of the longest."""
+        self._reader, self._tensor, self._name, self._buffer = TensorReader(table, tensor), tensor, name, buffer
 
     def write(self, offset: int, data: memoryview) -> None:
         """InputError naming the tensor and its first element that differs; NaNs are equal."""
-        held = memoryview(bytearray(len(data)))
-        self._reader.read_into(offset, held)
+        held = self._buffer
+        if len(held) != len(data):  # so it seldom is: blocks are of one length
+            del held[len(data) :]
+            held.extend(bytes(len(data) - len(held)))
+        with memoryview(held) as window:
+            self._reader.read_into(offset, window)
         at = first_difference(held, data, self._tensor.dtype)
         if at is not None:
             width = dtypes.itemsize(self._tensor.dtype)

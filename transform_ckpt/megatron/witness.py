@@ -45,7 +45,7 @@ def _compare(table: FileTable, master: Tensor, witness: Witness, problems: Probl
     wide, narrow = map(dtypes.itemsize, kinds)
     numel = min(SAMPLED_ELEMENTS, master.nbytes // wide)
     wanted = cast(memoryview(read_part(table, master, 0, numel * wide)), *kinds)
-    held = memoryview(read_part(table, witness.tensor, 0, numel * narrow))
+    held = bytearray(read_part(table, witness.tensor, 0, numel * narrow))
     at = first_difference(held, wanted, witness.tensor.dtype)
     if at is not None:
         problems.add(
