@@ -11,7 +11,7 @@ from transform_ckpt.formats.torch_zip import TorchFile
 from transform_ckpt.megatron.arguments import is_plain
 from transform_ckpt.megatron.containers import PREFIX, STATES
 from transform_ckpt.megatron.facts import Facts
-from transform_ckpt.megatron.groups import Group, groups_of, marks_of
+from transform_ckpt.megatron.groups import Group, distinct, groups_of, marks_of
 from transform_ckpt.megatron.model import stored_tensor
 from transform_ckpt.megatron.read import Megatron, Rank
 from transform_ckpt.megatron.write import Model, Opaque
@@ -79,7 +79,7 @@ def model_of(found: Megatron, target: Facts, *, optimizer: bool) -> tuple[Model,
         args=args_of(first),
         rest={key: first.rest[key] for key in keys if key in first.rest},
         own=own,
-        groups=list(_groups(found)) if optimizer else (),
+        groups=distinct(_groups(found)) if optimizer else (),
         same_groups=_same_groups(found),
     )
     return model, source
@@ -102,13 +102,9 @@ def _has_optimizer(found: Megatron) -> bool:
 
 
 def _groups(found: Megatron) -> Iterator[Group]:
-    """Parameter groups of every rank, each once."""
-    seen: set[Any] = set()
+    """Parameter groups of every rank."""
     for rank in found.ranks.values() if _has_optimizer(found) else ():
-        for group in groups_of(rank.rest.get("optimizer"), rank.file.path):
-            if marks_of(group) not in seen:
-                seen.add(marks_of(group))
-                yield group
+        yield from groups_of(rank.rest.get("optimizer"), rank.file.path)
 
 
 def _same_groups(found: Megatron) -> bool:
@@ -121,4 +117,4 @@ def _same_groups(found: Megatron) -> bool:
 
 def same_layout(source: Facts, target: Facts) -> bool:
     """Are the buffers of both the same, whatever the rules?"""
-    return replace(source, args={}) == replace(target, args={})
+    return replace(source, args={}, where="") == replace(target, args={}, where="")

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from strategy.megatron import DUALPIPEV, LayerMap, MegatronError, Sizes, layer_map
 from transform_ckpt.errors import InputError
 from transform_ckpt.megatron.rules import Sharding
+
+LARGEST = 1 << 16
+"""Of a parallel size or a number of layers or experts: what is above is no checkpoint's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,16 @@ class Facts:
     tied: bool | None = None
     extend_ep: bool = False
     args: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+    """The file that says so, for messages."""
 
     def __post_init__(self) -> None:
+        numbers = (self.num_layers, self.num_experts, self.layers_per_virtual_stage, self.first_stage_layers)
+        numbers = (*numbers, self.last_stage_layers, *asdict(self.sizes).values())
+        listed = (*self.num_layer_list, *self.noop_layers)
+        likely = all(n is None or (type(n) is int and 0 <= n <= LARGEST) for n in numbers)
+        if not likely or not all(type(n) is int and 0 <= n <= LARGEST for n in listed):
+            raise InputError(f"{self.where}: sizes or layers are no numbers up to {LARGEST:,}: {self.sizes}")
         if self.sizes.tp % self.etp:
             raise InputError(
                 f"an expert tensor parallel size of {self.etp} does not divide TP {self.sizes.tp}: ranks that hold "
@@ -66,7 +77,7 @@ class Facts:
                 schedule=self.schedule,
             )
         except MegatronError as error:
-            raise InputError(f"layers: {error}") from None
+            raise InputError(f"{self.where}: layers: {error}" if self.where else f"layers: {error}") from None
 
     def sharding(self, tp: int, ep: int) -> Sharding:
         """Place of the rank whose directory is (tp, ep): etp divides tp, its expert tensor rank is the remainder."""
@@ -117,7 +128,7 @@ def facts_of(args: Mapping[str, Any], where: str, **given: Any) -> Facts:
             value = args.get(name)
             if value is None:
                 continue
-            if type(value) is not int or not 0 <= value < 1 << 31:
+            if type(value) is not int or not 0 <= value <= LARGEST:
                 raise InputError(f"{where}: args.{name} is {value!r:.80}, not a number: give it as a flag")
             return value
         return None
@@ -152,6 +163,7 @@ def facts_of(args: Mapping[str, Any], where: str, **given: Any) -> Facts:
         tied=None if untied is None else not untied,
         extend_ep=bool(args.get("moe_tp_extend_ep")) and found.tp > 1,
         args=args,
+        where=where,
     )
     return _with_virtual_stages(_with_uneven_ends(facts))
 

@@ -30,8 +30,21 @@ def groups_of(optimizer: Any, where: str) -> list[Group]:
         groups = inner.get("param_groups") if isinstance(inner, dict) else None
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             raise InputError(f"{where}: 'optimizer' has no param_groups: it was saved by another optimizer")
+        odd = [mark for group in groups for mark in marks_of(group) if not isinstance(mark, int | float | None)]
+        if odd:
+            raise InputError(f"{where}: a parameter group is marked by {odd[0]!r:.80}, which is no number")
         found += groups
     return found
+
+
+def distinct(groups: Iterable[Group]) -> list[Group]:
+    """Each kind of group once, in order; a rank that has no parameters of a kind counts no steps of it, others do."""
+    found: dict[tuple[Any, ...], Group] = {}
+    for group in groups:
+        marks = marks_of(group)
+        if marks not in found or found[marks].get("step") is None:
+            found[marks] = group
+    return list(found.values())
 
 
 def is_decoupled(name: str, args: Mapping[str, Any]) -> bool:

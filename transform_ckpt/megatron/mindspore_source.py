@@ -131,6 +131,10 @@ class _Reader:
             self._rank(number, place, header, chunks)
             strange |= header.tensors.keys() - self._used
             ranks[place] = ConvertedRank(place, header, args, chunks, _values(header))
+        steps = {place: rank.values.get(STEP) for place, rank in ranks.items()}
+        apart = [ranks[place].header.path for place, step in steps.items() if step != next(iter(steps.values()))]
+        if apart:
+            raise InputError(f"{apart[0]}: its {STEP} is not that of the other ranks: give files of one step")
         unknown = {n for n in strange if not is_scalar(n)}
         if unknown:
             raise InputError(
@@ -242,7 +246,9 @@ class _Reader:
         if self._recorded is None:
             return found
         return {
-            slot: [(v, _sized(m, s)) for (v, m), s in zip(maps, self._recorded.buffers[slot], strict=True)]
+            slot: [
+                (v, _sized(m, s, self._meta.path)) for (v, m), s in zip(maps, self._recorded.buffers[slot], strict=True)
+            ]
             for slot, maps in found.items()
             if slot in self._recorded.buffers and len(self._recorded.buffers[slot]) == len(maps)
         }
@@ -279,12 +285,16 @@ def _path(name: str, *, nested: bool) -> tuple[str, ...]:
     return tuple(name.split(".", depth - 1))
 
 
-def _sized(found: BufferMap, sizes: BucketSizes) -> BufferMap:
+def _sized(found: BufferMap, sizes: BucketSizes, where: str) -> BufferMap:
     unpadded, padded = sizes
     try:
         return BufferMap(found.ranges, unpadded, padded if len(padded) == len(unpadded) else ())
     except BucketError:  # the file had its padding cut off
+        pass
+    try:
         return BufferMap(found.ranges, unpadded)
+    except BucketError as error:
+        raise InputError(f"{where}: the sizes of its buckets are not those of its maps ({error}): mend it") from None
 
 
 def _values(header: FileHeader) -> dict[str, float]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from strategy.megatron import Sizes
+from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError
 from transform_ckpt.formats.files import open_binary
 from transform_ckpt.megatron.carry import COMMON, Carried, args_of
@@ -153,20 +154,34 @@ def read_layout(directory: str, args: Mapping[str, Any]) -> Recorded | None:
         outline = Outline()
         listed = content["outline"]
         for names in (listed["before"], *listed["layers"].values(), listed["behind"]):
-            outline.add(Entry(name, tuple(name.split(".", depth - 1))) for name, depth in names)
+            outline.add(_entry(name, depth) for name, depth in names)
         options: dict[str, Any] = {k: tuple(v) if isinstance(v := content[k], list) else v for k in _OPTIONS}
         version = content["megatron_core"]
         return Recorded(
-            Facts(sizes=Sizes(**content["sizes"]), args=args, **options),
+            Facts(sizes=Sizes(**content["sizes"]), args=args, where=path, **options),
             content["coalesced"],
-            tuple(version) if version else None,
+            _counts(version) if version else None,
             outline,
-            dict(content["weights"]),
+            {str(name): dtypes.BY_CODE[kind].code for name, kind in content["weights"].items()},
             content["nested"],
             {
-                (tuple(place), experts): [(tuple(s["unpadded"]), tuple(s["padded"])) for s in sizes]
+                (tuple(place), experts): [(_counts(s["unpadded"]), _counts(s["padded"])) for s in sizes]
                 for place, experts, sizes in content["buffers"]
             },
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: is not what convert_pt2ckpt writes ({error!r:.200}): fetch it again") from None
+
+
+def _entry(name: str, depth: int) -> Entry:
+    """One name of the outline; ValueError where it is none."""
+    if not 1 <= depth <= name.count(".") + 1:
+        raise ValueError(f"{name!r:.80} of depth {depth}")
+    return Entry(name, tuple(name.split(".", depth - 1)) if depth > 1 else (name,))
+
+
+def _counts(values: Sequence[int]) -> tuple[int, ...]:
+    """Numbers as such; ValueError for others."""
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in values):
+        raise ValueError(f"{values!r:.80} are no counts")
+    return tuple(values)

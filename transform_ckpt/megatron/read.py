@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
 from strategy.megatron import LayerMap
@@ -30,6 +31,7 @@ from transform_ckpt.megatron.witness import check_witnesses
 from transform_ckpt.tensors import FileHeader, Source, Witness
 
 FORMAT = "megatron"
+SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +137,19 @@ def _args(file: torch_zip.TorchFile) -> Mapping[str, Any]:
 
 def _ranks(found: Iteration, facts: Facts, sample: torch_zip.TorchFile) -> dict[Place, Rank]:
     places = found.places(facts.sizes.pp, facts.sizes.ep)
-    expected = {(tp, pp) for tp in range(facts.sizes.tp) for pp in range(facts.sizes.pp)}
-    missing = expected - {place[:2] for place in places}
+    beyond = [name for place, name in places.items() if place[0] >= facts.sizes.tp]
+    if beyond:
+        raise InputError(
+            f"{found.path}: {name_some(map(os.path.basename, beyond))} are there, and args says TP {facts.sizes.tp}: "
+            "remove what belongs to another run, or say --src-tp"
+        )
+    there = {place[:2] for place in places}
+    needed = ((tp, pp) for tp in range(facts.sizes.tp) for pp in range(facts.sizes.pp))
+    missing = [*islice((rank for rank in needed if rank not in there), SHOWN)]
     if missing:
         raise InputError(
-            f"{found.path}: has no directory of (tp, pp) {', '.join(map(str, sorted(missing)[:5]))}: TP is "
-            f"{facts.sizes.tp}, PP {facts.sizes.pp}: fetch them"
+            f"{found.path}: has no directory of (tp, pp) {', '.join(map(str, missing))}; TP is {facts.sizes.tp}, PP "
+            f"{facts.sizes.pp}: fetch what is missing"
         )
     ranks: dict[Place, Rank] = {}
     for place, path in sorted(places.items()):
@@ -160,6 +169,11 @@ def _completed(facts: Facts, ranks: Mapping[Place, Rank]) -> Facts:
     odd = sorted(place for place, count in counts.items() if count != vpp)
     if odd:
         problems.add(f"{ranks[odd[0]].path}: has {counts[odd[0]]} model chunks, others have {vpp}: fetch it again")
+    steps = {place: rank.rest.get("iteration") for place, rank in ranks.items()}
+    first = next(iter(steps.values()))
+    apart = [ranks[place].path for place, step in steps.items() if step != first]
+    if apart:
+        problems.add(f"{apart[0]}: its iteration is not that of the other ranks ({first!r:.40}): fetch one checkpoint")
     experts = {
         tensor.shape[0]
         for rank in ranks.values()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from transform_ckpt.formats.torch_values import Namespace
 from transform_ckpt.megatron.carry import COMMON, Carried, same_places
 from transform_ckpt.megatron.facts import Facts
-from transform_ckpt.megatron.groups import Group, groups_of, marks_of
+from transform_ckpt.megatron.groups import Group, distinct, groups_of, marks_of
 from transform_ckpt.megatron.mindspore_names import CONSUMED
 from transform_ckpt.megatron.mindspore_source import ConvertedRank, ConvertedSource
 from transform_ckpt.megatron.write import Model
@@ -36,7 +36,7 @@ def resumed_model(found: ConvertedSource, target: Facts, *, optimizer: bool) -> 
         rest["opt_param_scheduler"] = {**scheduler, "num_steps": scheduler["num_steps"] + samples}
     outline = found.recorded.outline if found.recorded is not None else found.gatherer.outline
     nested = first.chunks[0].nested
-    groups = [_at_step(g, found.source.step) for g in _groups(found)] if optimizer else []
+    groups = [_at_step(g, found.source.step) for g in distinct(_groups(found))] if optimizer else []
     model = Model(
         logicals=found.source.params,
         rules=found.rules,
@@ -69,13 +69,12 @@ def _at_step(group: Group, step: int | None) -> Group:
     return {**group, "step": step} if step is not None and "step" in group else group
 
 
-def _groups(found: ConvertedSource) -> list[Group]:
-    groups: dict[Any, Group] = {}
+def _groups(found: ConvertedSource) -> Iterator[Group]:
+    """Parameter groups of every rank."""
     for rank in found.ranks.values():
         optimizer = _tree(rank).get("optimizer")
-        for group in groups_of(optimizer, rank.args.path) if optimizer is not None and rank.args is not None else ():
-            groups.setdefault(marks_of(group), group)
-    return list(groups.values())
+        if optimizer is not None and rank.args is not None:
+            yield from groups_of(optimizer, rank.args.path)
 
 
 def _same_groups(found: ConvertedSource) -> bool:
