@@ -1,4 +1,4 @@
-"""Values of one floating type as another: rounded to the nearest even, as every framework does.
+"""Values of one floating type as another, rounded to the nearest even.
 
 NumPy and ml_dtypes, which are exact and faster than memory is here.
 """
@@ -48,5 +48,6 @@ def first_difference(one: bytearray, two: memoryview, code: str) -> int | None:
     kind = numpy_type(code)
     a, b = np.frombuffer(one, dtype=kind), np.frombuffer(two, dtype=kind)
     bits = np.dtype(f"u{kind.itemsize}")
-    unlike = (a.view(bits) != b.view(bits)) & ~(np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        unlike = (a.view(bits) != b.view(bits)) & ~(np.isnan(a) & np.isnan(b))
     return int(unlike.argmax()) if unlike.any() else None

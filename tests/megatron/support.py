@@ -83,6 +83,8 @@ def differences(one: Any, two: Any, where: str = "") -> Iterator[str]:
         return
     if isinstance(one, argparse.Namespace):
         one, two = vars(one), vars(two)
+    if where.endswith("/param_groups") and all("default_config" in group for group in (*one, *two)):
+        one, two = (sorted(groups, key=lambda g: g["wd_mult"]) for groups in (one, two))  # these are found by marks
     if isinstance(one, list | tuple):
         one, two = dict(enumerate(one)), dict(enumerate(two))
     if not isinstance(one, dict):

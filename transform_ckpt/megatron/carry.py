@@ -10,8 +10,9 @@ from transform_ckpt.formats.torch_values import Namespace, TensorRef
 from transform_ckpt.formats.torch_zip import TorchFile
 from transform_ckpt.megatron.arguments import is_plain
 from transform_ckpt.megatron.containers import PREFIX, STATES
+from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
-from transform_ckpt.megatron.groups import Group, distinct, groups_of, marks_of
+from transform_ckpt.megatron.groups import Group, distinct, groups_of
 from transform_ckpt.megatron.model import stored_tensor
 from transform_ckpt.megatron.read import Megatron, Rank
 from transform_ckpt.megatron.write import Model, Opaque
@@ -80,9 +81,22 @@ def model_of(found: Megatron, target: Facts, *, optimizer: bool) -> tuple[Model,
         rest={key: first.rest[key] for key in keys if key in first.rest},
         own=own,
         groups=distinct(_groups(found)) if optimizer else (),
-        same_groups=_same_groups(found),
+        rank_groups=_rank_groups(found, target) if optimizer else {},
     )
     return model, source
+
+
+def _rank_groups(found: Megatron, target: Facts) -> dict[Place, Any]:
+    """Groups of every rank as they are, where the same parameters are on the same ranks."""
+    if not _has_optimizer(found) or not same_parameters(found.facts, target):
+        return {}
+    return {place: rank.rest["optimizer"] for place, rank in found.ranks.items() if "optimizer" in rank.rest}
+
+
+def same_parameters(source: Facts, target: Facts) -> bool:
+    """Have the ranks of both the same parameters, however many data-parallel ranks there are?"""
+    sizes = replace(target.sizes, dp=source.sizes.dp, cp=source.sizes.cp)
+    return same_layout(source, replace(target, sizes=sizes))
 
 
 def args_of(rank: Rank) -> Namespace:
@@ -105,14 +119,6 @@ def _groups(found: Megatron) -> Iterator[Group]:
     """Parameter groups of every rank."""
     for rank in found.ranks.values() if _has_optimizer(found) else ():
         yield from groups_of(rank.rest.get("optimizer"), rank.file.path)
-
-
-def _same_groups(found: Megatron) -> bool:
-    """Have all ranks the same groups in the same order?  Then that order is not the parameters'."""
-    if not _has_optimizer(found) or not found.coalesced:
-        return False
-    orders = {tuple(map(marks_of, groups_of(r.rest.get("optimizer"), r.file.path))) for r in found.ranks.values()}
-    return len(orders) == 1
 
 
 def same_layout(source: Facts, target: Facts) -> bool:

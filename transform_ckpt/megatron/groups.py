@@ -2,7 +2,9 @@
 
 Facts: megatron-core optimizer/__init__.py `_get_param_groups`.  A group is one of weight decay or none (biases and
 one-dimensional parameters have none), of a learning rate of its own or not (embedding and output layer with
---decoupled-lr), of experts or not.  From 0.9 on every rank knows the groups of all ranks and finds them by these marks.
+--decoupled-lr), of experts or not.  Up to 0.13 a rank has the groups of its own parameters and loads them by position;
+from 0.14 on it has those of all ranks and finds them by these marks.  The order of the rank's own parameters first fits
+both.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 from transform_ckpt.errors import InputError
 from transform_ckpt.views import Shape
 
+ALL_GROUPS_SINCE = (0, 14)
 Group = Mapping[str, Any]
 _MARKS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 

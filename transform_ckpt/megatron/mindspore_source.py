@@ -245,13 +245,13 @@ class _Reader:
             found.setdefault(((key.tp, key.pp, ep), key.ep is not None), []).append((key.vpp, self._meta.maps[key]))
         if self._recorded is None:
             return found
-        return {
-            slot: [
-                (v, _sized(m, s, self._meta.path)) for (v, m), s in zip(maps, self._recorded.buffers[slot], strict=True)
-            ]
-            for slot, maps in found.items()
-            if slot in self._recorded.buffers and len(self._recorded.buffers[slot]) == len(maps)
-        }
+        sized: dict[tuple[Place, bool], list[tuple[int, BufferMap]]] = {}
+        for slot, maps in found.items():
+            sizes = self._recorded.buffers.get(slot, ())
+            if len(sizes) == len(maps):
+                pairs = zip(maps, sizes, strict=True)
+                sized[slot] = [(chunk, _sized(buffer, known, self._meta.path)) for (chunk, buffer), known in pairs]
+        return sized
 
     def _weight_dtype(self) -> str:
         """Of the model's own weights, which MindSpore has only as fp32."""

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from transform_ckpt.formats.torch_values import Namespace
-from transform_ckpt.megatron.carry import COMMON, Carried, same_places
+from transform_ckpt.megatron.carry import COMMON, Carried, same_parameters, same_places
+from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
-from transform_ckpt.megatron.groups import Group, distinct, groups_of, marks_of
+from transform_ckpt.megatron.groups import Group, distinct, groups_of
 from transform_ckpt.megatron.mindspore_names import CONSUMED
 from transform_ckpt.megatron.mindspore_source import ConvertedRank, ConvertedSource
 from transform_ckpt.megatron.write import Model
@@ -50,7 +51,7 @@ def resumed_model(found: ConvertedSource, target: Facts, *, optimizer: bool) -> 
         rest=rest if optimizer else {},
         own=own if optimizer else {},
         groups=groups,
-        same_groups=_same_groups(found),
+        rank_groups=_rank_groups(found) if optimizer and same_parameters(found.facts, target) else {},
     )
     return model, replace(found.source, states={**found.source.states, **carried.logicals})
 
@@ -77,12 +78,18 @@ def _groups(found: ConvertedSource) -> Iterator[Group]:
             yield from groups_of(optimizer, rank.args.path)
 
 
-def _same_groups(found: ConvertedSource) -> bool:
-    if found.recorded is None or not found.recorded.coalesced:
-        return False
-    orders = set()
-    for rank in found.ranks.values():
-        optimizer = _tree(rank).get("optimizer")
-        if optimizer is not None and rank.args is not None:
-            orders.add(tuple(map(marks_of, groups_of(optimizer, rank.args.path))))
-    return len(orders) == 1
+def _rank_groups(found: ConvertedSource) -> dict[Place, Any]:
+    """`optimizer` of every rank, at the step that MindSpore has reached."""
+    return {
+        place: _optimizer_at(_tree(rank)["optimizer"], found.source.step)
+        for place, rank in found.ranks.items()
+        if _tree(rank).get("optimizer") is not None
+    }
+
+
+def _optimizer_at(optimizer: Any, step: int | None) -> Any:
+    if isinstance(optimizer, list):
+        return [_optimizer_at(entry, step) for entry in optimizer]
+    inner = optimizer["optimizer"]
+    groups = [_at_step(group, step) for group in inner["param_groups"]]
+    return {**optimizer, "optimizer": {**inner, "param_groups": groups}}

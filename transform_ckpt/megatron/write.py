@@ -17,7 +17,7 @@ from transform_ckpt.megatron.containers import PREFIX, STATES
 from transform_ckpt.megatron.cuts import write_cut
 from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
-from transform_ckpt.megatron.groups import Group, arranged, marks_of
+from transform_ckpt.megatron.groups import ALL_GROUPS_SINCE, Group, arranged
 from transform_ckpt.megatron.maps import bucket_sizes, is_shared
 from transform_ckpt.megatron.names import is_expert
 from transform_ckpt.megatron.outline import Entry, Outline
@@ -58,8 +58,8 @@ class Model:
     rest: Mapping[str, Any] = field(default_factory=dict)
     own: Mapping[Place, Mapping[str, Any]] = field(default_factory=dict)
     groups: Sequence[Group] = ()
-    same_groups: bool = False
-    """Every rank has all groups, in the order that they have here."""
+    rank_groups: Mapping[Place, Any] = field(default_factory=dict)
+    """`optimizer` of model_optim_rng.pt of places whose parameters are the same as in the source."""
     gradients: str = "float32"
 
 
@@ -196,7 +196,8 @@ class _Writer:
         for number, chunk in enumerate(chunks):
             tree["model" if len(chunks) == 1 else f"model{number}"] = self._state_dict(builder, chunk)
         if self._layout.coalesced is not None:
-            tree["optimizer"] = self._groups(chunks)
+            known = self._model.rank_groups.get(place)
+            tree["optimizer"] = self._groups(chunks) if known is None else known
         for key, value in self._model.own.get(place, {}).items():
             tree[key] = transplanted(value, builder)
         tree = {key: tree[key] for key in sorted(tree, key=_position)}
@@ -247,11 +248,8 @@ class _Writer:
                 params,
                 self._model.args.fields,
                 experts=experts,
-                all_ranks=bool(self._layout.coalesced),
+                all_ranks=self._layout.version >= ALL_GROUPS_SINCE,
             )
-            if self._model.same_groups:
-                order = [marks_of(group) for group in self._model.groups]
-                groups.sort(key=lambda g: order.index(marks_of(g)) if marks_of(g) in order else len(order))
             found.append({"optimizer": {"param_groups": groups}})
         return found if self._apart else found[0]
 
