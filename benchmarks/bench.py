@@ -18,37 +18,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from math import prod
 from pathlib import Path
 
-from benchmarks import auto
-from benchmarks.common import FORMATS, QUIET, megabytes, progress, python, settle
-from benchmarks.measure import CommandFailedError, Sample, Summary, run
+from benchmarks import auto, dist_opt
+from benchmarks.common import FORMATS, QUIET, Case, Row, generate, measure, progress, python, table, tree_nbytes
+from benchmarks.measure import CommandFailedError
 
-PARTS = ("start", "plan", "reshard", "auto")
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One row: a command that writes `dst` from `src` (None: it writes nothing)."""
-
-    group: str
-    name: str
-    command: tuple[str, ...]
-    src: Path | None = None
-    dst: Path | None = None
-    expect: str = ""
-    """Text that its output must hold, where the exit code alone does not say that the work was done."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A measured case."""
-
-    case: Case
-    summary: Summary
+PARTS = ("start", "plan", "reshard", "auto", "dist_opt")
 
 
 def world(parallel: str) -> int:
@@ -112,32 +90,6 @@ def plan_cases(plan: Path, fmt: str, args: argparse.Namespace) -> list[Case]:
 # ---------------------------------------------------------------------------------------------- running
 
 
-def measure(cases: Sequence[Case], runs: int, log: Path) -> list[Row]:
-    """Alternate between the cases, `runs` times."""
-    samples: dict[str, list[Sample]] = {case.name: [] for case in cases}
-    for number in range(runs):
-        for case in cases:
-            settle(case.src, case.dst)
-            sample = run(case.command, log=log, env=QUIET)
-            if case.expect not in log.read_text(errors="replace"):
-                raise CommandFailedError(f"{case.name}: no {case.expect!r} in {log}")
-            samples[case.name].append(sample)
-            progress(f"{case.group} | {case.name} | run {number + 1}/{runs}: {sample.seconds:.2f} s")
-    return [Row(case, Summary.of(samples[case.name])) for case in cases]
-
-
-def make_state(out: Path, *flags: str) -> None:
-    """Generate a state unless a complete one of the same flags is there (a process of its own: it needs MindSpore)."""
-    recipe, wanted = out / "recipe.txt", " ".join(flags)
-    if recipe.is_file() and recipe.read_text() == wanted:
-        return
-    shutil.rmtree(out, ignore_errors=True)
-    progress(f"generating the state: {wanted}")
-    command = python("-m", "benchmarks.make_state", out, *flags)
-    subprocess.run(command, check=True, env={**os.environ, **QUIET})
-    recipe.write_text(wanted)
-
-
 def compare(rows: Sequence[Row]) -> list[str]:
     """Compare each of our outputs with MindSpore's of the same group; a line each, with `DIFFERENT` in failures."""
     lines = []
@@ -158,22 +110,6 @@ def compare(rows: Sequence[Row]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------- report
-
-
-def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown rows: the median with its range, memory, and the time against the group's `cp -r`."""
-    lines = [
-        "| case | wall s, median (min - max) | times cp | peak RSS, one process, MB | all processes, MB |",
-        "|---|---|---|---|---|",
-    ]
-    copies = {row.case.group: row.summary.seconds for row in rows if row.case.name.startswith("cp ")}
-    for row in rows:
-        s = row.summary
-        copy = copies.get(row.case.group)
-        ratio = f"{s.seconds / copy:.2f}" if copy else ""
-        seconds = f"{s.seconds:.2f} ({s.fastest:.2f} - {s.slowest:.2f})"
-        lines.append(f"| {row.case.name} | {seconds} | {ratio} | {megabytes(s.max_rss)} | {megabytes(s.sum_rss)} |")
-    return lines
 
 
 def versions() -> str:
@@ -215,11 +151,6 @@ def machine(directory: Path) -> str:
     return (
         f"{cpu}, {cores} cores, {memory_gb:.0f} GB, {filesystem(directory)}, Linux {platform.release()}; {versions()}"
     )
-
-
-def tree_nbytes(directory: Path) -> int:
-    """Bytes of all files below a directory."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def report(
@@ -265,6 +196,7 @@ def shown_arguments(args: argparse.Namespace) -> list[str]:
     shown += [f"--only {part}" for part in args.only or []]
     shown += [f"--auto-dst {parallel}" for parallel in args.auto_dst]
     shown += [f"--large-gb {args.large_gb:g}"] if args.large_gb else []
+    shown += [f"--dist-opt-gb {args.dist_opt_gb:g}"]
     return shown + [f"--workers {count}" for count in args.workers or []]
 
 
@@ -291,6 +223,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", choices=PARTS, action="append", help="repeat; default all")
     parser.add_argument("--auto-dst", action="append", metavar="mp=2", help="layouts that a job starts with; repeat")
     parser.add_argument("--large-gb", type=float, default=0, help="also one run of this size, for its peak memory")
+    parser.add_argument(
+        "--dist-opt-gb", type=float, default=4.3, help="size of the Megatron checkpoints (6 times that)"
+    )
     parser.add_argument("--plan-model", default="llama70b")
     parser.add_argument("--plan-src", default="dp=2,mp=8,pp=4,opt=1", help="64 ranks")
     parser.add_argument("--plan-dst", default="mp=8,pp=6", help="48 ranks")
@@ -299,7 +234,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="write the report there too")
     args = parser.parse_args(argv)
     if args.quick:
-        args.runs, args.gb = 1, 0.006
+        args.runs, args.gb, args.dist_opt_gb = 1, 0.006, 0.006
     args.auto_dst = args.auto_dst or list(auto.TARGETS[:1] if args.quick else auto.TARGETS)
     args.auto_join = (4,) if args.quick else auto.JOIN_SIZES
     return args
@@ -317,7 +252,18 @@ def bench_plan(args: argparse.Namespace, log: Path) -> list[Row]:
     plan = args.dir / "plan"
     formats = args.format or FORMATS
     chosen = [flag for fmt in formats for flag in ("--format", fmt)]
-    make_state(plan, "--model", args.plan_model, "--sparse", "--src", args.plan_src, "--dst", args.plan_dst, *chosen)
+    generate(
+        "make_state",
+        plan,
+        "--model",
+        args.plan_model,
+        "--sparse",
+        "--src",
+        args.plan_src,
+        "--dst",
+        args.plan_dst,
+        *chosen,
+    )
     return [row for fmt in formats for row in measure(plan_cases(plan, fmt, args), args.runs, log)]
 
 
@@ -325,7 +271,7 @@ def reshard_state(args: argparse.Namespace) -> Path:
     """The state that is resharded, and that jobs start from."""
     flags = ("--gb", str(args.gb), "--layers", str(args.layers), "--src", args.src, "--dst", args.dst)
     state: Path = args.dir / "state"
-    make_state(state, *flags, "--seed", str(args.seed))
+    generate("make_state", state, *flags, "--seed", str(args.seed))
     return state
 
 
@@ -347,7 +293,7 @@ def bench_large(args: argparse.Namespace, log: Path) -> tuple[list[Row], dict[st
     state, rows, sizes = args.dir / "large", [], {}
     for fmt in args.format or FORMATS:
         shape = ("--gb", str(args.large_gb), "--layers", str(args.layers), "--src", args.src, "--dst", args.dst)
-        make_state(state, *shape, "--format", fmt, "--seed", str(args.seed))
+        generate("make_state", state, *shape, "--format", fmt, "--seed", str(args.seed))
         src, dst = state / f"src_{fmt}", state / "out" / fmt
         group = f"memory at {args.large_gb:g} GB, {fmt}"
         rows += measure([Case(group, "transform-ckpt convert", convert(state, src, dst), src, dst)], 1, log)
@@ -372,6 +318,9 @@ def bench(args: argparse.Namespace) -> tuple[str, bool]:
     for part, measured in simple.items():
         if part in parts:
             rows += measured(args, log)
+    if "dist_opt" in parts:
+        more, equal, found = dist_opt.bench(args, log)
+        rows, checks, sizes = rows + more, checks + equal, sizes | found
     sections, good = auto.bench(reshard_state(args), args, log) if "auto" in parts else ([], True)
     return report(rows, checks, args, sizes, sections), good and not any("DIFFERENT" in line for line in checks)
 

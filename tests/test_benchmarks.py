@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import auto, auto_count, auto_layout, make_state
+from benchmarks import auto, auto_count, auto_layout, dist_opt, dist_opt_same, make_dist_opt, make_state, torch_loop
 from benchmarks.auto_job import Job, run_job
-from benchmarks.bench import Case, Row, table, world
+from benchmarks.bench import world
+from benchmarks.common import Case, Row, measure, table
 from benchmarks.make_state import LLAMA_70B, Model, Parallel, Param, model_of
 from benchmarks.measure import CommandFailedError, Sample, Summary, run
 from benchmarks.same import differences
@@ -292,3 +297,155 @@ def test_ranks_join(repo_root: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.auto_join", "3"]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=True, timeout=60)
     assert 0 < float(done.stdout) < 30
+
+
+# ----------------------------------------------------------------------------------------------- distributed optimizer
+
+TINY = make_dist_opt.Model(make_dist_opt.STEP)
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], Path]:
+    """A checkpoint by container, TP and PP."""
+    found = {(c, tp, pp): tmp_path_factory.mktemp(c) for c in make_dist_opt.CONTAINERS for tp, pp in ((2, 2), (4, 1))}
+    for (container, tp, pp), out in found.items():
+        make_dist_opt.make(out, TINY, container, tp=tp, pp=pp, seed=SEED)
+    return found
+
+
+def rank_of(root: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights by name, and the only buffer of the optimizer."""
+    make_dist_opt.model_type()
+    folder = root / "iter_0000010" / name
+    model, optimizer = (
+        torch.load(folder / file, weights_only=False) for file in ("model_optim_rng.pt", "distrib_optim.pt")
+    )
+    assert model["args"].model_type.value == 1
+    return dict(dist_opt_same.weights(model["model"])), optimizer[0][make_dist_opt.KEY]
+
+
+@pytest.mark.parametrize("container", make_dist_opt.CONTAINERS)
+@pytest.mark.parametrize(("pp", "buckets"), [(0, 3), (1, 1)])
+def test_weights_are_the_master_weights(
+    megatron: dict[tuple[str, int, int], Path], container: str, pp: int, buckets: int
+) -> None:
+    root = megatron[container, 2, 2]
+    weights, buffer = rank_of(root, f"mp_rank_01_00{pp}")
+    ranges = json.loads((root / "param_map" / f"param_map_buffer0_dp1tp1pp{pp}vpp0.json").read_text())
+    assert list(ranges) == [f"module.{name}" for name in reversed(weights)]
+    assert sorted({bucket for *_, bucket in ranges.values()}) == list(range(buckets))
+    for state in make_dist_opt.ADAM:
+        if container == "list":
+            assert len(buffer[state]) == buckets
+        else:
+            assert len(buffer[state]) == buffer["numel_unpadded"]
+        # no bucket has padding: one behind the other they are the whole buffer
+        held = torch.cat(buffer[state]) if container == "list" else buffer[state]
+        assert (held.numel(), held.unique().numel() > held.numel() // 2) == (
+            sum(map(torch.numel, weights.values())),
+            True,
+        )
+        assert (held.min() >= 0) == (state == "exp_avg_sq")
+        for name, (kind, shape, start, end, _) in ranges.items():
+            weight = weights[name.removeprefix("module.")]
+            assert (kind, shape) == (str(weight.dtype), list(weight.shape))
+            same = torch.equal(held[start:end].reshape(shape).bfloat16(), weight)
+            assert same == (state == "param"), name
+
+
+@pytest.mark.parametrize(("name", "axis"), [("linear_qkv", 0), ("linear_proj", 1), ("linear_fc2", 1)])
+def test_values_do_not_depend_on_the_layout(megatron: dict[tuple[str, int, int], Path], name: str, axis: int) -> None:
+    part = "mlp" if "fc" in name else "self_attention"
+    two = [rank_of(megatron["coalesced", 2, 2], f"mp_rank_0{tp}_001")[0] for tp in range(2)]
+    four = [rank_of(megatron["coalesced", 4, 1], f"mp_rank_0{tp}")[0] for tp in range(4)]
+    joined = torch.cat([rank[f"decoder.layers.1.{part}.{name}.weight"] for rank in two], axis)
+    assert torch.equal(joined, torch.cat([rank[f"decoder.layers.3.{part}.{name}.weight"] for rank in four], axis))
+    # [gate; up] of every rank
+    gate = torch.cat([rank["decoder.layers.1.mlp.linear_fc1.weight"].chunk(2)[0] for rank in two])
+    wide = [rank["decoder.layers.3.mlp.linear_fc1.weight"].chunk(2)[0] for rank in four]
+    assert torch.equal(gate, torch.cat(wide))
+
+
+def test_megatron_is_of_the_size_asked_for(megatron: dict[tuple[str, int, int], Path]) -> None:
+    model = make_dist_opt.model_of(4.3)
+    assert (model.hidden, model.vocab, model.ffn) == (2048, 32000, 5632)
+    nbytes = sum(14 * int(np.prod(p.shape)) for p in model.params(make_dist_opt.CORE, 1, 0))
+    assert nbytes == pytest.approx(4.3e9, rel=0.1)
+    files = sum(path.stat().st_size for path in megatron["list", 2, 2].rglob("*.pt"))
+    assert files == pytest.approx(
+        14 * sum(int(np.prod(p.shape)) for p in TINY.params(make_dist_opt.CORE, 1, 0)), rel=0.01
+    )
+
+
+@pytest.mark.parametrize("container", make_dist_opt.CONTAINERS)
+def test_conversions_and_what_they_are_compared_with(
+    megatron: dict[tuple[str, int, int], Path], ms: ModuleType, container: str, tmp_path: Path, repo_root: Path
+) -> None:
+    src, expected = megatron[container, 2, 2], megatron[container, 4, 1]
+    maps = ("--param-map-path", src / "param_map") if container == "list" else ()
+    there, again = tmp_path / "ms", tmp_path / "back"
+    for command in (
+        dist_opt.reshard(src, tmp_path / "m", maps),
+        dist_opt.to_mindspore(src, there, "ckpt", maps),
+        dist_opt.to_megatron(there, again),
+    ):
+        subprocess.run(command, cwd=repo_root, check=True, capture_output=True, timeout=100)
+    assert dist_opt_same.main(f"{tmp_path}/m", str(expected)) == 0
+    assert dist_opt_same.main(f"{tmp_path}/m", str(src)) == 1
+    assert dist_opt_same.main(str(again), str(src)) == 0
+    if container == "list":
+        assert ms is not None
+        for one in torch_loop.jobs(src, tmp_path / "loop"):
+            torch_loop.convert(one)
+        assert dist_opt_same.main(f"{tmp_path}/ms", f"{tmp_path}/loop") == 0
+
+
+@pytest.mark.parametrize("file", ["model_optim_rng.pt", "distrib_optim.pt"])
+def test_other_bytes_are_named(
+    megatron: dict[tuple[str, int, int], Path], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = megatron["list", 2, 2]
+    shutil.copytree(src, tmp_path / "copy")
+    changed = tmp_path / "copy/iter_0000010/mp_rank_01_000" / file
+    with changed.open("r+b") as held:
+        held.seek(changed.stat().st_size // 2)
+        byte = held.read(1)
+        held.seek(-1, os.SEEK_CUR)
+        held.write(bytes([byte[0] ^ 1]))
+    assert dist_opt_same.main(str(src), str(tmp_path / "copy")) == 1
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("mp_rank_01_000: " + ("optimizer " if "distrib" in file else "language_model."))
+    assert last == "66 tensors of 4 ranks compared: DIFFERENT"
+
+
+def test_destinations_that_nobody_looks_at_go(tmp_path: Path) -> None:
+    cases = [
+        Case(
+            "g",
+            name,
+            (sys.executable, "-c", f"import os; os.mkdir({str(tmp_path / name)!r})"),
+            None,
+            tmp_path / name,
+            kept=kept,
+        )
+        for name, kept in (("kept", True), ("gone", False))
+    ]
+    assert [row.summary.runs for row in measure(cases, 2, tmp_path / "log")] == [2, 2]
+    assert [(tmp_path / name).exists() for name in ("kept", "gone")] == [True, False]
+
+
+@pytest.mark.slow
+def test_megatron_benchmark(tmp_path: Path, repo_root: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.bench", "--quick", "--only", "dist_opt", "--no-upstream"]
+    done = subprocess.run(
+        [*command, "--dir", str(tmp_path / "b")],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compared: equal") == 4
+    assert len(re.findall(r"^\| cp -r of the source \| .* \| 1\.00 \|", done.stdout, re.MULTILINE)) == 4
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["last.log"]
