@@ -7,10 +7,10 @@ PYTEST_FLAGS ?= -n 2
 BENCH_FLAGS ?= --large-gb 16 --write docs/benchmarks.md
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test test-megatron lint format bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  options: PYTHON=python3.12  PIP_FLAGS='--extra-index-url URL'  TESTS=tests/x.py  PYTEST_FLAGS='-n 2 -k name'"
 
 venv: ## ./.venv with the whole pinned set, the project installed in it (nothing to do: 20 ms)
@@ -22,6 +22,9 @@ demo: venv ## 8 ranks become 4, 1, 6 and 8 again; a Llama trains on 2 workers, p
 
 test: venv ## all tests, with the reasons of skips
 	$(PYTHON_BIN) -m pytest -ra $(PYTEST_FLAGS) $(TESTS)
+
+test-megatron: venv ## conversions of what megatron-core 0.6 to 0.13 write, taken back by them (fetched with pip; minutes)
+	$(PYTHON_BIN) -m pytest -ra $(PYTEST_FLAGS) -m megatron_old tests/megatron_real
 
 lint: venv ## ruff, mypy, import-linter
 	$(PYTHON_BIN) -m ruff check .

@@ -16,6 +16,7 @@ from transform_ckpt.destination import check_destination
 from transform_ckpt.errors import DifferenceError, InputError, PlanError, UsageError
 from transform_ckpt.execute import RunOptions, check_crcs, run
 from transform_ckpt.formats import container_of
+from transform_ckpt.megatron.directory import is_converted
 from transform_ckpt.planner import Plan
 from transform_ckpt.source import CHECKPOINT_2, MEGATRON, Purpose, detect, open_source
 from transform_ckpt.target import TargetOptions, lay_out
@@ -73,8 +74,6 @@ def open_checkpoint(
 
 def special_source(path: str) -> Callable[[str, Strategy | None, int | None, Sequence[str]], Source] | None:
     """What opens a path that is not MindSpore's alone: Megatron's directories, and what was converted from them."""
-    from transform_ckpt.megatron.mindspore_source import is_converted
-
     if not os.path.isdir(path):
         return None
     if is_converted(path):

@@ -1,7 +1,7 @@
 """Which boxes of which logical parameter a live parameter holds: read from what Megatron's own modules say.
 
 Layer numbers come from `layer_number`, cuts over tensor parallel ranks from `partition_dim`; only what no attribute
-says (gated halves, grouped experts, the tied head's name) goes by name.
+says (gated halves, grouped experts, softmax offsets of heads, the tied head's name) goes by name.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _TIED_HEADS = {
     "output_layer.weight": "embedding.word_embeddings.weight",
     "word_embeddings.weight": "language_model.embedding.word_embeddings.weight",
 }
+_OF_HEADS = ".softmax_offset"
+"""One element a head; megatron-core says so only where it saves it (DotProductAttention.sharded_state_dict)."""
 _GATED = re.compile(r"\.(?:linear_fc1|dense_h_to_4h)\.(?:weight\d*|bias)$")
 
 
@@ -37,9 +39,10 @@ def _cut(case: Case, chunk: torch.nn.Module, name: str, parameter: Any) -> Cut:
         return _grouped(case, logical, second=name.endswith("2"))
     shape = tuple(parameter.shape)
     parts, rank = _split(case, name)
-    if parts == 1 or not getattr(parameter, "tensor_model_parallel", False):
+    of_heads = name.endswith(_OF_HEADS)
+    if parts == 1 or not (of_heads or getattr(parameter, "tensor_model_parallel", False)):
         return Cut(logical, shape, (tuple((0, length) for length in shape),))
-    axis: int = parameter.partition_dim
+    axis: int = 0 if of_heads else parameter.partition_dim
     whole = tuple(length * parts if dim == axis else length for dim, length in enumerate(shape))
     bands = 2 if case.gated and _GATED.search(name) else 1
     return Cut(logical, whole, tuple(_band(whole, axis, bands, band, parts, rank) for band in range(bands)))

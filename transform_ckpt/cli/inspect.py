@@ -44,7 +44,7 @@ def describe(path: str, strategy: str | None, step: int | None) -> dict[str, Any
     """The whole answer as plain data."""
     from transform_ckpt import api
     from transform_ckpt.formats import mindspore_dir, read_header
-    from transform_ckpt.megatron.mindspore_source import is_converted
+    from transform_ckpt.megatron.directory import is_converted
     from transform_ckpt.source import MINDSPORE
 
     ranked = api.detect(path) == MINDSPORE and strategy is None and not is_converted(path)

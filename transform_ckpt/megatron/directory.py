@@ -60,6 +60,15 @@ class Iteration:
         return found
 
 
+META_DIRECTORY, LAYOUT_FILE = "pt_meta", "layout.json"
+"""Beside rank directories that convert_pt2ckpt wrote."""
+
+
+def is_converted(path: str) -> bool:
+    """Has the directory a pt_meta that tells what its shards are?"""
+    return os.path.isfile(os.path.join(path, META_DIRECTORY, LAYOUT_FILE))
+
+
 def iteration_name(number: int | None) -> str:
     """`iter_0000100`, or `release`."""
     return RELEASE if number is None else f"iter_{number:07d}"

@@ -75,11 +75,6 @@ def scalar_states(found: ConvertedSource) -> dict[str, Logical]:
     return {n: Logical(n, p[0].tensor.dtype, p[0].tensor.shape, tuple(p)) for n, p in states.items()}
 
 
-def is_converted(path: str) -> bool:
-    """Has the directory a pt_meta that tells what its shards are?"""
-    return os.path.isfile(os.path.join(path, "pt_meta", "layout.json"))
-
-
 def open_converted(
     path: str,
     meta: str | None = None,

@@ -17,7 +17,7 @@ from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError
 from transform_ckpt.formats.files import open_binary
 from transform_ckpt.megatron.carry import COMMON, Carried, args_of
-from transform_ckpt.megatron.directory import Place
+from transform_ckpt.megatron.directory import LAYOUT_FILE, META_DIRECTORY, Place
 from transform_ckpt.megatron.facts import Facts
 from transform_ckpt.megatron.map_files import dumps, file_name
 from transform_ckpt.megatron.maps import Placed
@@ -28,8 +28,6 @@ from transform_ckpt.megatron.torch_target import TorchBuilder
 from transform_ckpt.megatron.write import transplanted
 from transform_ckpt.tensors import Logical, SmallFile, TargetFile
 
-DIRECTORY = "pt_meta"
-LAYOUT_FILE = "layout.json"
 LAYOUT_VERSION = 1
 _MAX_NBYTES = 1 << 28
 _OPTIONS = (
@@ -56,13 +54,13 @@ def meta_files(
     found: Megatron, carried: Carried, container: str, *, param_only: bool
 ) -> tuple[Meta, dict[str, Logical]]:
     """Everything of pt_meta/, and the tensors of generators that go into it."""
-    small = [SmallFile(f"{DIRECTORY}/{LAYOUT_FILE}", _layout(found, container, param_only=param_only))]
+    small = [SmallFile(f"{META_DIRECTORY}/{LAYOUT_FILE}", _layout(found, container, param_only=param_only))]
     for (place, experts), placed in found.buffers.items():
         numbers: dict[int, int] = {}
         for entry in placed:
             number = numbers[entry.chunk] = numbers.get(entry.chunk, -1) + 1
             name = file_name(number, 0, place[0], place[1], entry.chunk, place[2] if experts else None)
-            small.append(SmallFile(f"{DIRECTORY}/{name}", dumps(entry.map)))
+            small.append(SmallFile(f"{META_DIRECTORY}/{name}", dumps(entry.map)))
     files = tuple(_args_file(found, carried, rank, param_only=param_only) for rank in found.ranks.values())
     return Meta(tuple(small), files), carried.logicals
 
@@ -82,7 +80,7 @@ def _args_file(found: Megatron, carried: Carried, rank: Rank, *, param_only: boo
     if param_only:
         tree["param_name_list"] = [_names(number, chunk, len(rank.chunks)) for number, chunk in enumerate(rank.chunks)]
     plain = {key: transplanted(value, builder) for key, value in tree.items()}
-    return builder.file(f"{DIRECTORY}/{args_name(rank.place, found.facts.sizes.ep)}", plain)
+    return builder.file(f"{META_DIRECTORY}/{args_name(rank.place, found.facts.sizes.ep)}", plain)
 
 
 def _names(number: int, chunk: Chunk, count: int) -> list[str]:
