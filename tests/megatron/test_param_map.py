@@ -17,9 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transform_ckpt import param_map
-from transform_ckpt.megatron import live_maps
 from transform_ckpt.errors import InputError, StorageError, UsageError
-from transform_ckpt.megatron import buckets
+from transform_ckpt.megatron import buckets, live_maps
 from transform_ckpt.param_map import FileName, MapKey
 
 GOOD = {
