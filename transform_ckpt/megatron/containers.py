@@ -21,6 +21,8 @@ from transform_ckpt.tensors import Tensor, part_of
 STATES = ("param", "exp_avg", "exp_avg_sq")
 PREFIX = "optimizer.state."
 """Of an optimizer state's logical name, as Megatron's own fully reshardable checkpoints have it."""
+_STATE_KEYS = ("buckets_coalesced", "per_bucket_numel")
+"""Of a state without buffers, too: a stage of noop layers has no parameters."""
 SHORT_OF_FP32 = "shard_main_param_res"
 """MindSpeed's --reuse-fp32-param: `param` alone is not the whole fp32 value."""
 
@@ -89,7 +91,7 @@ def states_of(file: TorchFile) -> list[State | None]:
 
 def _state(file: TorchFile, entry: dict[Any, Any]) -> State:
     numbers = sorted(key for key in entry if type(key) is int)
-    if not numbers:
+    if not numbers and not any(key in entry for key in _STATE_KEYS):
         raise InputError(f"{file.path}: has no buffers (keys {', '.join(map(str, entry))!s:.200}): it is another file")
     if numbers != list(range(len(numbers))):
         raise InputError(f"{file.path}: has the buffers {numbers}: some are missing")

@@ -107,7 +107,8 @@ def places_of(facts: Facts) -> Iterator[Place]:
 
 def ranks_of(facts: Facts, place: Place) -> list[int]:
     """Global ranks whose file may stand for a place; the first is what convert_pt2ckpt writes."""
-    sizes = replace(facts.sizes, dp=max(facts.sizes.dp, -(-facts.sizes.ep // facts.sizes.cp)))
+    needed = facts.sizes.ep if facts.extend_ep else -(-facts.sizes.ep * facts.etp // facts.sizes.tp)
+    sizes = replace(facts.sizes, dp=max(facts.sizes.dp, -(-needed // facts.sizes.cp)))
     replicas = [r for r in range(sizes.dp * sizes.cp) if facts.expert_rank(place[0], r) == place[2]]
     return [global_rank(place[0], place[1], r // sizes.cp, r % sizes.cp, sizes) for r in replicas]
 
