@@ -79,7 +79,7 @@ def test_extras(repo_root: Path) -> None:
 
 def test_base_install_needs_no_framework(repo_root: Path) -> None:
     base = {Requirement(r).name for r in setup_arguments(repo_root)["install_requires"]}
-    assert base == {"click", "ml_dtypes", "numpy", "pyyaml", "rich", "xxhash"}
+    assert base == {"click", "isal", "ml_dtypes", "numpy", "pyyaml", "rich", "xxhash"}
 
 
 def test_requirements_are_ranges_that_the_pins_satisfy(repo_root: Path) -> None:

@@ -278,7 +278,7 @@ def _container(target: MegatronTarget, *, coalesced: bool | None) -> bool:
 
 
 def _version(target: MegatronTarget, known: Collection[tuple[int, ...]], *, coalesced: bool | None) -> tuple[int, ...]:
-    """Of megatron-core, whose rules the buffers follow."""
+    """Of megatron-core, whose rules the buffers follow; each known one is the newest that fits some buffer."""
     if target.version:
         version = _parsed(target.version)
         if coalesced is not None and (version >= OLDEST_COALESCED) != coalesced:
@@ -288,7 +288,7 @@ def _version(target: MegatronTarget, known: Collection[tuple[int, ...]], *, coal
             )
         return version
     fits = [v for v in known if (v >= OLDEST_COALESCED) == bool(coalesced)]
-    return max(fits, default=(0, 16, 1) if coalesced else (0, 6))
+    return min(fits, default=(0, 16, 1) if coalesced else (0, 6))
 
 
 def _parsed(text: str) -> tuple[int, ...]:
@@ -306,7 +306,7 @@ def _same_rules(target: MegatronTarget, known: Collection[tuple[int, ...]]) -> b
     if target.version is None:
         return target.bucket_size is None
     rules = padding_of(_parsed(target.version))
-    return target.bucket_size is None and any(padding_of(version) == rules for version in known)
+    return target.bucket_size is None and bool(known) and padding_of(min(known)) == rules
 
 
 def _bucket_size(target: MegatronTarget, maps: Maps, facts: Facts) -> int | None:

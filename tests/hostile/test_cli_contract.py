@@ -97,11 +97,16 @@ def test_verbs_and_help(args: list[str], code: int | None) -> None:
         json.loads(found.out)
 
 
-@pytest.mark.parametrize(
-    "flag", ["--from hf", "--from megatron", "--from torch_dist", "--to hf", "--to megatron", "--to torch_dist"]
-)
+@pytest.mark.parametrize("flag", ["--from hf", "--from torch_dist", "--to hf", "--to torch_dist"])
 def test_what_is_not_built_is_refused_by_name(case: Case, flag: str) -> None:
-    assert_refused(run(case.args(*flag.split())), 3, flag, "mindspore")
+    assert_refused(run(case.args(*flag.split())), 3, flag.split()[1], "mindspore")
+
+
+@pytest.mark.parametrize(
+    ("flag", "word"), [("--from megatron", "is a mindspore checkpoint"), ("--to megatron", "pt_meta")]
+)
+def test_mindspore_weights_are_no_shards_of_megatron(case: Case, flag: str, word: str) -> None:
+    assert_refused(run(case.args(*flag.split())), 2 if flag == "--to megatron" else 3, word)
 
 
 # ---------------------------------------------------------------------------------------------- JSON
