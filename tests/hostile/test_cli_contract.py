@@ -103,10 +103,11 @@ def test_what_is_not_built_is_refused_by_name(case: Case, flag: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "word"), [("--from megatron", "is a mindspore checkpoint"), ("--to megatron", "pt_meta")]
+    ("flag", "code", "word"),
+    [("--from megatron", 3, "is a mindspore checkpoint"), ("--to megatron", 2, "--dst-strategy")],
 )
-def test_mindspore_weights_are_no_shards_of_megatron(case: Case, flag: str, word: str) -> None:
-    assert_refused(run(case.args(*flag.split())), 2 if flag == "--to megatron" else 3, word)
+def test_mindspore_weights_are_no_shards_of_megatron(case: Case, flag: str, code: int, word: str) -> None:
+    assert_refused(run(case.args(*flag.split())), code, word)
 
 
 # ---------------------------------------------------------------------------------------------- JSON
