@@ -98,7 +98,7 @@ def _layout(found: Megatron, container: str, *, param_only: bool) -> bytes:
         "format": container,
         "param_only": param_only,
         "coalesced": found.coalesced,
-        "megatron_core": max(found.versions, default=None),
+        "megatron_core": min(found.versions, default=None),
         "nested": found.first().chunks[0].nested,
         "outline": {
             "before": [[e.name, len(e.path)] for e in found.outline.before],
