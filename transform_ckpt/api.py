@@ -65,20 +65,13 @@ def open_checkpoint(
 
     With a `purpose` (some ranks of a target strategy) only files that they need are opened.
     """
-    path = os.fspath(src)
-    opener = special_source(path)
-    if opener is not None:
-        return values.settle(opener(path, read_strategy(strategy), step, allow_missing))
-    return values.settle(open_source(path, read_strategy(strategy), step, allow_missing, purpose))
-
-
-def special_source(path: str) -> Callable[[str, Strategy | None, int | None, Sequence[str]], Source] | None:
-    """What opens a path that is not MindSpore's alone: Megatron's directories, and what was converted from them."""
-    if not os.path.isdir(path):
-        return None
+    path, own = os.path.abspath(src), read_strategy(strategy)
     if is_converted(path):
-        return _open_converted
-    return _open_megatron if detect(path) == MEGATRON else None
+        return values.settle(_open_converted(path, own, step))
+    kind = detect(path)
+    if kind == MEGATRON:
+        return values.settle(_open_megatron(path, own, step, allow_missing))
+    return values.settle(open_source(path, own, step, allow_missing, purpose, kind))
 
 
 def _open_megatron(path: str, strategy: Strategy | None, step: int | None, allow_missing: Sequence[str]) -> Source:
@@ -89,7 +82,7 @@ def _open_megatron(path: str, strategy: Strategy | None, step: int | None, allow
     return open_megatron(path, Options(step, allow_missing=allow_missing)).source
 
 
-def _open_converted(path: str, strategy: Strategy | None, step: int | None, _: Sequence[str]) -> Source:
+def _open_converted(path: str, strategy: Strategy | None, step: int | None) -> Source:
     """Shards of Megatron in MindSpore: pt_meta says how they go together, the strategy must be of as many ranks."""
     from transform_ckpt.megatron.as_mindspore import renamed
     from transform_ckpt.megatron.mindspore_source import open_converted, scalar_states

@@ -11,7 +11,7 @@ from transform_ckpt import planner
 from transform_ckpt.errors import InputError, UsageError
 from transform_ckpt.megatron import directory
 from transform_ckpt.megatron.buckets import BucketError, BufferMap, padding_of, parse_version
-from transform_ckpt.megatron.carry import model_of, same_layout
+from transform_ckpt.megatron.carry import model_of, same_layout, same_parameters
 from transform_ckpt.megatron.containers import PREFIX
 from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
@@ -212,8 +212,7 @@ def _same_buffers(source: Facts, target: Facts) -> bool:
     """
     if source.sizes.pp > 1 and (source.tied or source.args.get("mtp_num_layers")):
         return same_layout(source, target)
-    sizes = replace(target.sizes, dp=source.sizes.dp, cp=source.sizes.cp)
-    return same_layout(source, replace(target, sizes=sizes))
+    return same_parameters(source, target)
 
 
 def target_facts(source: Facts, layout: Mapping[str, Any]) -> Facts:

@@ -8,8 +8,8 @@ from typing import Any
 
 from transform_ckpt import api, megatron_plans, planner, values
 from transform_ckpt.errors import DifferenceError, InputError, PlanError
-from transform_ckpt.megatron.as_mindspore import renamed, split_state
-from transform_ckpt.megatron.containers import PREFIX, STATES
+from transform_ckpt.megatron.as_mindspore import renamed
+from transform_ckpt.megatron.containers import STATES, split_state, state_name
 from transform_ckpt.megatron.directory import has_iteration
 from transform_ckpt.megatron.mindspore_names import mindspore_name
 from transform_ckpt.megatron.mindspore_source import open_converted
@@ -17,7 +17,16 @@ from transform_ckpt.megatron.mindspore_target import ConvertedOptions, scalar_st
 from transform_ckpt.megatron.read import Options, open_megatron
 from transform_ckpt.megatron_plans import MegatronSource, MegatronTarget
 from transform_ckpt.planner import Plan
-from transform_ckpt.routes import COMPLETE_ONLY, MEGATRON_TARGET, MINDSPORE_ONLY, NAMES_LATER, Flags, Route, refuse
+from transform_ckpt.routes import (
+    COMPLETE_ONLY,
+    LAYOUT_FLAGS,
+    MEGATRON_TARGET,
+    MINDSPORE_ONLY,
+    NAMES_LATER,
+    Flags,
+    Route,
+    refuse,
+)
 from transform_ckpt.target import TargetOptions, lay_out
 
 _SOURCE_SIZES = {
@@ -33,19 +42,9 @@ _SOURCE_SIZES = {
     "num_layer_list": "src_num_layer_list",
     "noop_layers": "src_noop_layers",
 }
-_LAYOUT = {
-    "tp": "tp",
-    "pp": "pp",
-    "ep": "ep",
-    "etp": "etp",
-    "cp": "cp",
-    "dp": "dp",
-    "layers_per_virtual_stage": "layers_per_virtual_stage",
-    "num_layer_list": "num_layer_list",
-    "noop_layers": "noop_layers",
-    "first_stage_layers": "decoder_first_pipeline_num_layers",
-    "last_stage_layers": "decoder_last_pipeline_num_layers",
-    "schedule": "schedule",
+_RENAMED = {
+    "decoder_first_pipeline_num_layers": "first_stage_layers",
+    "decoder_last_pipeline_num_layers": "last_stage_layers",
 }
 
 
@@ -139,8 +138,8 @@ def _check(made: Plan, path: str, reopen: Callable[[], Any]) -> None:
 
 def _is_lost(name: str, made: Plan, there: Collection[str]) -> bool:
     """A weight and its master stand for one another: MindSpore has the one, weights alone of Megatron the other."""
-    master = f"{PREFIX}{STATES[0]}."
-    twin = name.removeprefix(master) if name.startswith(master) else master + name
+    state, weight = split_state(name)
+    twin = weight if state == STATES[0] else state_name(name)
     return name not in there and twin not in there and name not in made.target.dropped
 
 
@@ -178,7 +177,7 @@ def _source_iteration(src: str, flags: Flags) -> int | str | None:
 def target_options(flags: Flags) -> MegatronTarget:
     """Flags about writing one."""
     return MegatronTarget(
-        layout={key: flags[flag] for key, flag in _LAYOUT.items() if flags.get(flag)},
+        layout={_RENAMED.get(flag, flag): flags[flag] for flag in LAYOUT_FLAGS if flags.get(flag)},
         iteration=flags.get("iteration"),
         container=flags.get("megatron_container"),
         version=flags.get("megatron_core_version"),

@@ -29,14 +29,15 @@ class Route:
 
 def route(src: str, flags: Flags) -> Route:
     """The plan that flags ask for; InputError for pairs of formats that this version does not convert."""
-    source = flags.get("from_format") or _family(api.detect(src))
+    given = flags.get("from_format")
+    source = given or _family(api.detect(src))
     target = flags.get("to_format")
     found = _ROUTES.get((source, str(target)))
     if found is None:
         known = ", ".join(f"{a} to {b}" for a, b in _ROUTES)
         raise InputError(f"{source} to {target}: this version converts {known} (transform-ckpt formats)")
-    if source != _family(api.detect(src)):
-        raise InputError(f"{src}: is a {_family(api.detect(src))} checkpoint, and --from {source} is given: drop it")
+    if given and given != (detected := _family(api.detect(src))):
+        raise InputError(f"{src}: is a {detected} checkpoint, and --from {given} is given: drop it")
     module, function = found
     chosen: Callable[[str, Flags], Route] = getattr(importlib.import_module(module), function)
     return chosen(src, flags)

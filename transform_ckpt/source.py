@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from strategy.layout import Strategy
 from transform_ckpt.errors import InputError, PlanError, Problems, name_some, rank_ranges
 from transform_ckpt.formats import mindspore_dir, read_header
-from transform_ckpt.megatron.directory import is_megatron
+from transform_ckpt.megatron.directory import FORMAT, is_megatron
 from transform_ckpt.needed import needed_ranks
 from transform_ckpt.ranks import RankReader
 from transform_ckpt.tensors import FileHeader, Logical, Piece, Source
 from transform_ckpt.views import whole
 
 MINDSPORE = "mindspore"
-MEGATRON = "megatron"
+MEGATRON = FORMAT
 CHECKPOINT_2 = "mindspore-checkpoint-2.0"
 
 
@@ -59,14 +59,15 @@ def open_source(
     step: int | None = None,
     allow_missing: Sequence[str] = (),
     purpose: Purpose | None = None,
+    kind: str | None = None,
 ) -> Source:
     """Headers of every file, checked against the strategy; `strategy` None means complete weights.
 
     `allow_missing` are patterns of names that the strategy lists and no file needs to hold.  With a `purpose` the
-    source may be of fewer ranks' files: those that hold what it needs.
+    source may be of fewer ranks' files: those that hold what it needs.  `kind` is what `detect` has said already.
     """
     path = os.path.abspath(path)
-    found = detect(path)
+    found = kind or detect(path)
     if strategy is None and found == MINDSPORE and os.path.isdir(path):
         _check_only_one_checkpoint(path)
     if found == CHECKPOINT_2:

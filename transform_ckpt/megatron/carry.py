@@ -9,7 +9,7 @@ from typing import Any
 from transform_ckpt.formats.torch_values import Namespace, TensorRef
 from transform_ckpt.formats.torch_zip import TorchFile
 from transform_ckpt.megatron.arguments import is_plain
-from transform_ckpt.megatron.containers import PREFIX, STATES
+from transform_ckpt.megatron.containers import PREFIX, STATES, split_state
 from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
 from transform_ckpt.megatron.groups import Group, distinct, groups_of
@@ -88,7 +88,7 @@ def model_of(found: Megatron, target: Facts, *, optimizer: bool) -> tuple[Model,
 
 def _rank_groups(found: Megatron, target: Facts) -> dict[Place, Any]:
     """Groups of every rank as they are, where the same parameters are on the same ranks."""
-    if not _has_optimizer(found) or not same_parameters(found.facts, target):
+    if not has_optimizer(found) or not same_parameters(found.facts, target):
         return {}
     return {place: rank.rest["optimizer"] for place, rank in found.ranks.items() if "optimizer" in rank.rest}
 
@@ -111,13 +111,14 @@ def same_places(source: Facts, target: Facts) -> bool:
     return (one.tp, one.pp, one.ep) == (two.tp, two.pp, two.ep)
 
 
-def _has_optimizer(found: Megatron) -> bool:
-    return any(name.startswith(f"{PREFIX}{STATES[0]}.") for name in found.source.params)
+def has_optimizer(found: Megatron) -> bool:
+    """Has any rank the distributed optimizer's state?"""
+    return any(split_state(name)[0] == STATES[0] for name in found.source.params)
 
 
 def _groups(found: Megatron) -> Iterator[Group]:
     """Parameter groups of every rank."""
-    for rank in found.ranks.values() if _has_optimizer(found) else ():
+    for rank in found.ranks.values() if has_optimizer(found) else ():
         yield from groups_of(rank.rest.get("optimizer"), rank.file.path)
 
 

@@ -27,6 +27,20 @@ SHORT_OF_FP32 = "shard_main_param_res"
 """MindSpeed's --reuse-fp32-param: `param` alone is not the whole fp32 value."""
 
 
+def state_name(name: str, state: str = STATES[0]) -> str:
+    """Logical name of a weight's optimizer state; by default of its master weight."""
+    return f"{PREFIX}{state}.{name}"
+
+
+def split_state(name: str) -> tuple[str | None, str]:
+    """("exp_avg", "decoder...") of an optimizer state's logical name, (None, name) of a weight's."""
+    for state in STATES:
+        head = state_name("", state)
+        if name.startswith(head):
+            return state, name.removeprefix(head)
+    return None, name
+
+
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """One gradient buffer: dtypes of parameters and gradients, and per state its tensors (one for each bucket)."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from strategy.megatron import directory_name, global_rank
+from strategy.megatron import directory_name
 from transform_ckpt.errors import InputError
 from transform_ckpt.formats import container_of, mindspore_dir, torch_zip
 from transform_ckpt.formats.files import listing
@@ -80,7 +80,7 @@ class ConvertedMeta:
 
     def _find_maps(self) -> dict[MapKey, str]:
         names = listing(self.path)
-        folder = os.path.join(self.path, "param_map")
+        folder = os.path.join(self.path, map_files.DIRECTORY)
         names += listing(folder) if os.path.isdir(folder) else []
         return map_files.find(self.path) if any(map(map_files.parse_file_name, names)) else {}
 
@@ -108,9 +108,8 @@ def places_of(facts: Facts) -> Iterator[Place]:
 def ranks_of(facts: Facts, place: Place) -> list[int]:
     """Global ranks whose file may stand for a place; the first is what convert_pt2ckpt writes."""
     needed = facts.sizes.ep if facts.extend_ep else -(-facts.sizes.ep * facts.etp // facts.sizes.tp)
-    sizes = replace(facts.sizes, dp=max(facts.sizes.dp, -(-needed // facts.sizes.cp)))
-    replicas = [r for r in range(sizes.dp * sizes.cp) if facts.expert_rank(place[0], r) == place[2]]
-    return [global_rank(place[0], place[1], r // sizes.cp, r % sizes.cp, sizes) for r in replicas]
+    enough = max(facts.sizes.dp, -(-needed // facts.sizes.cp))
+    return replace(facts, sizes=replace(facts.sizes, dp=enough)).global_ranks(place)
 
 
 def files_of(path: str, facts: Facts, step: int | None) -> dict[Place, str]:

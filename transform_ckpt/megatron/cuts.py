@@ -58,7 +58,7 @@ def _read_cut(tensor: Stored, rule: Rule, local: Shape) -> Cut:
         shape[rule.axis] *= sharding.etp if rule.expert else sharding.tp
     if rule.stacked:
         shape[0] *= sharding.ep
-    return write_cut(_logical_name(tensor), tuple(shape), rule, sharding)
+    return write_cut(logical_name(tensor.name, sharding), tuple(shape), rule, sharding)
 
 
 def write_cut(name: str, shape: Shape, rule: Rule, sharding: Sharding, rows: int | None = None) -> Cut:
@@ -107,14 +107,15 @@ def stored_name(name: str, sharding: Sharding) -> str | None:
     return f"{match[1]}{number}{match[3]}" if 0 <= number < count else None
 
 
-def _logical_name(tensor: Stored) -> str:
-    match = EXPERT.fullmatch(tensor.name)
+def logical_name(name: str, sharding: Sharding) -> str:
+    """The inverse of `stored_name`; InputError for an expert that a rank cannot have."""
+    match = EXPERT.fullmatch(name)
     if match is None:
-        return tensor.name
-    count = tensor.sharding.experts(tensor.name)
+        return name
+    count = sharding.experts(name)
     if int(match[2]) >= count:
-        raise tensor.error(f"a rank has {count} experts, as the model has {tensor.sharding.num_experts}")
-    return f"{match[1]}{int(match[2]) + tensor.sharding.ep_rank * count}{match[3]}"
+        raise InputError(f"{name!r}: a rank has {count} experts, as the model has {sharding.num_experts}")
+    return f"{match[1]}{int(match[2]) + sharding.ep_rank * count}{match[3]}"
 
 
 def _check_experts(shapes: Mapping[str, Shape], sharding: Sharding, where: str) -> None:

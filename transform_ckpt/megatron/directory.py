@@ -14,6 +14,8 @@ from strategy.megatron import parse_directory
 from transform_ckpt.errors import InputError, name_some
 from transform_ckpt.formats.files import listing, open_binary
 
+FORMAT, CONVERTED = "megatron", "mindspore-megatron"
+"""Of Source and Target: Megatron's own files, and its shards in MindSpore's."""
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 MODEL_FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"

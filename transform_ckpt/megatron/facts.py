@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from strategy.megatron import DUALPIPEV, LayerMap, MegatronError, Sizes, layer_map
+from strategy.megatron import DUALPIPEV, LayerMap, MegatronError, Sizes, global_rank, layer_map
 from transform_ckpt.errors import InputError
 from transform_ckpt.megatron.rules import Sharding
 
@@ -104,7 +104,14 @@ class Facts:
 
     def dense_ep(self, tp: int) -> int:
         """EP rank of the first data-parallel rank of a TP rank: its directory holds the dense optimizer state."""
-        return 0 if self.extend_ep else (tp // self.etp) % self.sizes.ep
+        return self.expert_rank(tp, 0)
+
+    def global_ranks(self, place: tuple[int, int, int]) -> list[int]:
+        """Global ranks of a (tp, pp, ep), those that share its parameters, in order; none where no rank is that."""
+        tp, pp, ep = place
+        cp = self.sizes.cp
+        mine = [r for r in range(self.sizes.dp * cp) if self.expert_rank(tp, r) == ep]
+        return [global_rank(tp, pp, r // cp, r % cp, self.sizes) for r in mine]
 
 
 SIZE_NAMES = {

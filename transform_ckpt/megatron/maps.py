@@ -14,6 +14,7 @@ from math import prod
 
 from transform_ckpt import param_map
 from transform_ckpt.errors import InputError, name_some
+from transform_ckpt.formats.torch_values import BY_CODE
 from transform_ckpt.megatron import buckets
 from transform_ckpt.megatron.buckets import BucketError, BufferMap, Range
 from transform_ckpt.megatron.containers import State
@@ -27,7 +28,6 @@ _COALESCED = (LATEST, (0, 10), (0, 9), (0, 8), (0, 7))
 """Versions with rules of their own, the newest first."""
 _ALIGNMENT = 64
 """Elements: where parameters start from 0.8 on."""
-_TORCH = {"BF16": "torch.bfloat16", "F16": "torch.float16", "F32": "torch.float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ def parameters(chunk: Chunk, facts: Facts, *, experts: bool) -> list[buckets.Par
     return [
         (
             name,
-            _TORCH.get(tensor.dtype, f"torch.{tensor.dtype.lower()}"),
+            f"torch.{BY_CODE[tensor.dtype].name}",
             tensor.shape,
             is_shared(name, chunk.tensors, facts),
         )

@@ -7,19 +7,20 @@ MindSpeed-Core-MS, with the layout from flags.
 from __future__ import annotations
 
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError, name_some
 from transform_ckpt.formats import read_header, torch_zip
+from transform_ckpt.formats.torch_values import BY_NAME
 from transform_ckpt.megatron.buckets import BucketError, BufferMap
-from transform_ckpt.megatron.containers import PREFIX, STATES
+from transform_ckpt.megatron.containers import STATES, state_name
 from transform_ckpt.megatron.converted_meta import ConvertedMeta, files_of, places_of, ranks_of
-from transform_ckpt.megatron.directory import Place
+from transform_ckpt.megatron.cuts import logical_name
+from transform_ckpt.megatron.directory import CONVERTED, Place
 from transform_ckpt.megatron.facts import Facts
 from transform_ckpt.megatron.gather import Gatherer
 from transform_ckpt.megatron.mindspore_names import PREFIXES, STEP, is_scalar, mindspore_name
@@ -30,7 +31,6 @@ from transform_ckpt.store import FileTable, read_tensor
 from transform_ckpt.tensors import FileHeader, Logical, Piece, Source
 from transform_ckpt.views import whole
 
-FORMAT = "mindspore-megatron"
 _EXTRAS_BEHIND = (
     *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "output_layer"),
     *("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
@@ -62,7 +62,6 @@ class ConvertedSource:
     recorded: Recorded | None
     weight_dtype: str
     optimizer: bool
-    notes: tuple[str, ...] = field(default=())
 
 
 def scalar_states(found: ConvertedSource) -> dict[str, Logical]:
@@ -138,7 +137,7 @@ class _Reader:
             )
         params = self._gatherer.logicals(self._path)
         value = next(iter(ranks.values())).values.get(STEP)
-        source = Source(FORMAT, self._path, tuple(headers), params, {}, None if value is None else int(value))
+        source = Source(CONVERTED, self._path, tuple(headers), params, {}, None if value is None else int(value))
         return ConvertedSource(
             self._facts,
             source,
@@ -172,15 +171,10 @@ class _Reader:
 
     def _global(self, place: Place, index: int, name: str) -> str:
         """A stored name with the global layer and expert numbers."""
-        found = name
         parts = split_layer(name)
         if parts is not None:
-            found = with_layer(name, self._gatherer.layers.global_layer(place[1], index, parts[1]))
-        match = _EXPERT.fullmatch(found)
-        if match is None or self._facts.num_experts is None:
-            return found
-        sharding = self._facts.sharding(place[0], place[2])
-        return f"{match[1]}{int(match[2]) + sharding.ep_rank * sharding.experts(name)}{match[3]}"
+            name = with_layer(name, self._gatherer.layers.global_layer(place[1], index, parts[1]))
+        return logical_name(name, self._facts.sharding(place[0], place[2]))
 
     def _names(
         self, place: Place, index: int, args: torch_zip.TorchFile | None
@@ -221,7 +215,7 @@ class _Reader:
                 if stored not in parameters:
                     self._gatherer.add(cut.name, cut, chunk.tensors[stored], number)
                     continue
-                self._gatherer.add(f"{PREFIX}{STATES[0]}.{cut.name}", cut, chunk.tensors[stored], number)
+                self._gatherer.add(state_name(cut.name), cut, chunk.tensors[stored], number)
                 for state in STATES[1:]:
                     if names is None:
                         break
@@ -230,7 +224,7 @@ class _Reader:
                         self._gatherer.problems.add(f"{header.path}: {known!r} has no {names[state]}: fetch it again")
                         continue
                     self._used.add(tensor.name)
-                    self._gatherer.add(f"{PREFIX}{state}.{cut.name}", cut, tensor, number)
+                    self._gatherer.add(state_name(cut.name, state), cut, tensor, number)
 
     def _buffers(self) -> dict[tuple[Place, bool], list[tuple[int, BufferMap]]]:
         """The run's own buffers by place, with the sizes that were recorded."""
@@ -254,11 +248,8 @@ class _Reader:
             kinds = [kind for name, kind in self._recorded.weights.items() if name.endswith(".weight")]
             return max(set(kinds), key=kinds.count) if kinds else "BF16"
         names = {param.dtype.removeprefix("torch.") for buffer in self._meta.maps.values() for param in buffer.ranges}
-        codes = {d.numpy: d.code for d in dtypes.BY_CODE.values()}
-        return codes.get(names.pop(), "BF16") if len(names) == 1 else "BF16"
-
-
-_EXPERT = re.compile(r"(.*\.experts\.(?:local_experts\.|linear_fc\d\.(?:weight|bias)))(\d{1,9})(|\..*)")
+        kind = BY_NAME.get(names.pop()) if len(names) == 1 else None
+        return kind.code if kind is not None else "BF16"
 
 
 def _with_extra(name: str, *, nested: bool) -> Iterator[tuple[str, tuple[str, ...]]]:

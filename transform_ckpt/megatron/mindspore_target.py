@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from strategy.megatron import global_rank
 from transform_ckpt import dtypes
 from transform_ckpt.errors import InputError
 from transform_ckpt.formats import ckpt, safetensors
-from transform_ckpt.megatron.carry import Carried
-from transform_ckpt.megatron.containers import PREFIX, STATES
-from transform_ckpt.megatron.directory import Place
+from transform_ckpt.megatron.carry import Carried, has_optimizer
+from transform_ckpt.megatron.containers import STATES, state_name
+from transform_ckpt.megatron.directory import CONVERTED, Place
 from transform_ckpt.megatron.groups import groups_of
 from transform_ckpt.megatron.mindspore_names import CONSUMED, PREFIXES, Scalar, mindspore_name, scalars
 from transform_ckpt.megatron.mindspore_strategy import strategy_files
@@ -37,8 +36,6 @@ from transform_ckpt.tensors import (
     part_of,
 )
 from transform_ckpt.views import Box, whole
-
-FORMAT = "mindspore-megatron"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +71,7 @@ class _Wanted:
 
 def lay_out_converted(found: Megatron, options: ConvertedOptions) -> Converted:
     """Every file of the destination; InputError where the source lacks what is asked for."""
-    master = f"{PREFIX}{STATES[0]}."
-    if not options.param_only and not any(name.startswith(master) for name in found.source.params):
+    if not options.param_only and not has_optimizer(found):
         raise InputError(
             f"{found.iteration.path}: has no distributed optimizer (distrib_optim.pt): add --convert-param-only"
         )
@@ -98,13 +94,13 @@ def lay_out_converted(found: Megatron, options: ConvertedOptions) -> Converted:
     dropped = tuple(name for name in found.source.params if name not in used and not _is_shown(name, used))
     source = replace(found.source, states={**found.source.states, **states})
     small = (*meta.small, *strategy_files(found, [*_state_prefixes(options)]))
-    target = Target(FORMAT, (*files, *meta.files), small, dropped, (), () if options.param_only else found.witnesses)
+    target = Target(CONVERTED, (*files, *meta.files), small, dropped, (), () if options.param_only else found.witnesses)
     return Converted(target, source, tuple(pairs))
 
 
 def _is_shown(name: str, used: set[str]) -> bool:
     """A weight whose master is written is not left out."""
-    return f"{PREFIX}{STATES[0]}.{name}" in used
+    return state_name(name) in used
 
 
 def _state_prefixes(options: ConvertedOptions) -> Iterator[str]:
@@ -114,16 +110,14 @@ def _state_prefixes(options: ConvertedOptions) -> Iterator[str]:
 
 def _target_ranks(found: Megatron, place: Place, *, every: bool) -> list[int]:
     """Global ranks that get a rank directory's tensors: the first data-parallel one, or all."""
-    tp, pp, ep = place
     sizes = found.facts.sizes
-    replicas = [(dp, cp) for dp in range(sizes.dp) for cp in range(sizes.cp)]
-    mine = [(dp, cp) for dp, cp in replicas if found.facts.expert_rank(tp, dp * sizes.cp + cp) == ep]
+    mine = found.facts.global_ranks(place)
     if not mine:  # args knows no dp, or fewer ranks than there are directories
         raise InputError(
             f"{found.iteration.path}: EP {sizes.ep} needs more data-parallel ranks than dp {sizes.dp} x cp {sizes.cp}: "
             "give --dp-size"
         )
-    return [global_rank(tp, pp, dp, cp, sizes) for dp, cp in (mine if every else mine[:1])]
+    return mine if every else mine[:1]
 
 
 def _wanted(found: Megatron, place: Place, options: ConvertedOptions) -> Iterator[_Wanted]:
@@ -133,7 +127,7 @@ def _wanted(found: Megatron, place: Place, options: ConvertedOptions) -> Iterato
     for state in ("param",) if options.param_only else options.content:
         for chunk in found.cuts[place]:
             for stored, cut in chunk.items():
-                own = f"{PREFIX}{state}.{cut.name}"
+                own = state_name(cut.name, state)
                 name = names[state] + mindspore_name(shown_name(stored, cut))
                 if not options.param_only and own in known:
                     yield _Wanted(name, known[own].dtype, cut, own)

@@ -18,7 +18,7 @@ from transform_ckpt.errors import InputError, Problems, name_some
 from transform_ckpt.formats import torch_zip
 from transform_ckpt.formats.torch_values import Namespace
 from transform_ckpt.megatron import directory
-from transform_ckpt.megatron.containers import PREFIX, STATES, State, states_of
+from transform_ckpt.megatron.containers import STATES, State, state_name, states_of
 from transform_ckpt.megatron.directory import Iteration, Place
 from transform_ckpt.megatron.facts import SIZE_NAMES, Facts, facts_of
 from transform_ckpt.megatron.gather import Gatherer, pieces_of
@@ -30,7 +30,6 @@ from transform_ckpt.megatron.rules import Cut, Rule
 from transform_ckpt.megatron.witness import check_witnesses
 from transform_ckpt.tensors import FileHeader, Source, Witness
 
-FORMAT = "megatron"
 SHOWN = 5
 
 
@@ -64,7 +63,7 @@ class Rank:
 class Megatron:
     """A checkpoint as its headers describe it.
 
-    `rules`: how each logical tensor is cut.  `order`: every name of the model in the order of its state dict, extra
+    `rules`: how each logical tensor is cut.  `outline`: every name of the model in the order of its state dict, extra
     states included.  `versions`: of megatron-core, as far as its buffers tell.  `coalesced`: the optimizer's container,
     None without an optimizer.
     """
@@ -216,7 +215,13 @@ class _Reader:
             self._notes.append(f"a param_map is there that does not fit, and is not used: {maps.misfit}")
         check_witnesses(params, self._witnesses)
         source = Source(
-            FORMAT, self._found.path, tuple(self._headers), params, {}, self._step(), tuple(dict.fromkeys(self._notes))
+            directory.FORMAT,
+            self._found.path,
+            tuple(self._headers),
+            params,
+            {},
+            self._step(),
+            tuple(dict.fromkeys(self._notes)),
         )
         return Megatron(
             self._found,
@@ -303,8 +308,8 @@ class _Reader:
                     continue
                 cut = cuts[entry.chunk][param.name]
                 for name in STATES:
-                    self._gatherer.add(f"{PREFIX}{name}.{cut.name}", cut, buffer.tensor(entry.map, param, name), number)
-                master = f"{PREFIX}{STATES[0]}.{cut.name}"
+                    self._gatherer.add(state_name(cut.name, name), cut, buffer.tensor(entry.map, param, name), number)
+                master = state_name(cut.name)
                 self._witnesses += [Witness(master, p.box, p.tensor) for p in pieces_of(cut, weight, number)]
 
     def _check_states(self, held: set[tuple[Place, bool]], cuts: Mapping[Place, Sequence[Mapping[str, Cut]]]) -> None:
@@ -313,7 +318,7 @@ class _Reader:
         for place, rank in self._ranks.items():
             for chunk, found in zip(rank.chunks, cuts[place], strict=True):
                 for name in chunk.parameters():
-                    state = f"{PREFIX}{STATES[0]}.{found[name].name}"
+                    state = state_name(found[name].name)
                     if not self._gatherer.holds(state) and not _allowed(found[name].name, self._options.allow_missing):
                         missing.setdefault(found[name].name, rank.path)
         for tp in range(self._facts.sizes.tp):

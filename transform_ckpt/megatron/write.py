@@ -9,11 +9,11 @@ from typing import Any
 
 from strategy.megatron import directory_name
 from transform_ckpt.errors import InputError, Problems, name_some
-from transform_ckpt.formats.torch_values import Global, Namespace
+from transform_ckpt.formats.torch_values import BY_CODE, Global, Namespace
 from transform_ckpt.megatron import buckets, directory
 from transform_ckpt.megatron.arguments import args_for, bucket_args
 from transform_ckpt.megatron.buckets import BucketError, BufferMap
-from transform_ckpt.megatron.containers import PREFIX, STATES
+from transform_ckpt.megatron.containers import PREFIX, STATES, state_name
 from transform_ckpt.megatron.cuts import write_cut
 from transform_ckpt.megatron.directory import Place
 from transform_ckpt.megatron.facts import Facts
@@ -26,12 +26,10 @@ from transform_ckpt.megatron.torch_target import Part, TorchBuilder
 from transform_ckpt.tensors import Logical, SmallFile, Target, TargetFile
 from transform_ckpt.views import whole
 
-FORMAT = "megatron"
 _KEYS = (
     *("args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far", "model", "optimizer"),
     *("opt_param_scheduler", "rng_state"),
 )
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +111,8 @@ class _Writer:
         self._problems = Problems()
         self._used: set[str] = set()
         self._folder = directory.iteration_name(layout.iteration)
+        # have experts an optimizer of their own?  megatron-core: with expert parallelism
+        self._apart = (layout.facts.sizes.ep > 1 or layout.facts.extend_ep) and any(map(is_expert, model.rules))
 
     def target(self) -> Target:
         known = set(self._model.outline.layers)
@@ -132,7 +132,7 @@ class _Writer:
         if lost:
             raise InputError(f"{self._model.where}: no rank of the destination holds {name_some(lost)}")
         tracker = directory.RELEASE if self._layout.iteration is None else str(self._layout.iteration)
-        return Target(FORMAT, tuple(files), (SmallFile(directory.TRACKER, tracker.encode()),), tuple(dropped))
+        return Target(directory.FORMAT, tuple(files), (SmallFile(directory.TRACKER, tracker.encode()),), tuple(dropped))
 
     def _sorted_out(self, left: Iterable[str]) -> tuple[list[str], list[str]]:
         """Names that the user asked to leave out, and those that got lost."""
@@ -147,11 +147,8 @@ class _Writer:
 
     def _is_real(self, place: Place) -> bool:
         """Has any rank of a Megatron job this TP rank and this EP rank at once?"""
-        sizes, etp = self._facts.sizes, self._facts.etp
-        if self._facts.extend_ep or sizes.ep == 1:
-            return True
-        ranks = range(place[0], sizes.tp * etp * sizes.ep, sizes.tp)
-        return any((rank // etp) % sizes.ep == place[2] for rank in ranks)
+        replicas = range(self._facts.etp * self._facts.sizes.ep)
+        return any(self._facts.expert_rank(place[0], replica) == place[2] for replica in replicas)
 
     def _chunk(self, place: Place, vpp: int) -> list[tuple[Entry, Held | None]]:
         """The entries of one chunk in order, each with its tensor (None: an extra state)."""
@@ -168,7 +165,7 @@ class _Writer:
         return found
 
     def _held(self, name: str, stored: str, sharding: Sharding) -> Held | None:
-        master = f"{PREFIX}{STATES[0]}.{name}"
+        master = state_name(name)
         logical = name if name in self._model.logicals else master
         known = self._model.logicals.get(logical)
         if known is None:
@@ -224,18 +221,13 @@ class _Writer:
                 inner[entry.path[-1]] = builder.tensor(held.dtype, held.cut.stored, parts_of(held.logical, held.cut))
         return found
 
-    @property
-    def _apart(self) -> bool:
-        """Have experts an optimizer of their own?  megatron-core: with expert parallelism."""
-        return (self._facts.sizes.ep > 1 or self._facts.extend_ep) and any(map(is_expert, self._model.rules))
-
     def _parameters(self, chunk: ChunkEntries, *, experts: bool) -> list[Held]:
         """What the optimizer has of a chunk, in named_parameters order."""
         return [
             held
             for _, held in chunk
             if held is not None
-            and f"{PREFIX}{STATES[0]}.{held.cut.name}" in self._model.logicals
+            and state_name(held.cut.name) in self._model.logicals
             and (self._apart and is_expert(held.name)) == experts
         ]
 
@@ -271,8 +263,7 @@ class _Writer:
         states: dict[Any, Any] = {}
         for number, (held, found) in enumerate(self._buffers(place, chunks, experts=experts)):
             by_name = {h.name: h for h in held}
-            weight = _DTYPES.get(held[0].dtype, held[0].dtype.lower())
-            key = (Global("torch", weight), Global("torch", self._model.gradients))
+            key = (Global("torch", BY_CODE[held[0].dtype].name), Global("torch", self._model.gradients))
             if self._layout.coalesced:
                 content = {s: self._coalesced(builder, s, by_name, found) for s in STATES}
                 states[number] = {key: {**content, "numel_unpadded": found.coalesced_numel}}
@@ -297,7 +288,7 @@ class _Writer:
         return [builder.tensor("F32", (size,), mine) for size, mine in zip(sizes, parts, strict=True)]
 
     def _state_parts(self, state: str, held: Held, first: int) -> list[Part]:
-        name = f"{PREFIX}{state}.{held.cut.name}"
+        name = state_name(held.cut.name, state)
         self._used.add(name)
         return parts_of(name, held.cut, first)
 
@@ -317,7 +308,10 @@ class _Writer:
     def _built(self, place: Place, chunk: int, held: Sequence[Held], *, experts: bool) -> BufferMap:
         layout, sizes = self._layout, self._facts.sizes
         names = [h.name for h in held]
-        params = [(h.name, _torch_dtype(h.dtype), h.cut.stored, is_shared(h.name, names, self._facts)) for h in held]
+        params = [
+            (h.name, f"torch.{BY_CODE[h.dtype].name}", h.cut.stored, is_shared(h.name, names, self._facts))
+            for h in held
+        ]
         dp = self._facts.experts_dp if experts else sizes.dp * sizes.cp
         size = bucket_sizes(self._facts, layout.version, None, place[1], chunk)[0]
         try:
@@ -349,10 +343,6 @@ def _position(key: str) -> int:
     return _KEYS.index(kind) if kind in _KEYS else len(_KEYS)
 
 
-def _torch_dtype(code: str) -> str:
-    return f"torch.{_DTYPES.get(code, code.lower())}"
-
-
 def parts_of(logical: str, cut: Cut, first: int = 0) -> list[Part]:
     """The boxes of a stored tensor, one behind the other, from element `first` on."""
     found: list[Part] = []
@@ -380,9 +370,3 @@ def transplanted(value: Any, builder: TorchBuilder) -> Any:
     if type(value) is dict:
         return {key: transplanted(item, builder) for key, item in value.items()}
     return value
-
-
-def padded_rows(rows: int, divisible_by: int, tp: int) -> int:
-    """Rows of a vocabulary as Megatron pads it: a multiple of `divisible_by` times TP."""
-    step = divisible_by * tp
-    return -(-rows // step) * step
